@@ -1,0 +1,60 @@
+# Everything a developer or CI runs. Each target does its own set-up; `make help` lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# The first Python >= 3.11 that really starts (a pyenv shim may exist without its version).
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# One thread a worker: two workers on two cores, and the same sums on every machine.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS ?= 2
+
+.PHONY: help setup demo test test-slow lint format bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+setup: $(READY) ## make .venv with everything in it (repeated only when pyproject.toml or constraints.txt change)
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Helios HAL needs Python 3.11 or newer, and none was found. Install one, or: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@echo "Setting up .venv with $$($(PYTHON) --version): once, mostly downloading torch"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# The build backend comes under the same pins, hence no build isolation: an isolated build would ignore them.
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: ## make a small checkpoint and generate video from it on this machine
+	@test -e $(READY) || echo "make demo: first the set-up, a few minutes depending on your network; then the demo itself"
+	@$(MAKE) --no-print-directory setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh
+
+test: lint ## set up, lint, and run the tests (slow ones excepted)
+	$(PYTEST) -n $(WORKERS) -m "not slow" --durations=10
+
+test-slow: setup ## the tests that take minutes each
+	$(PYTEST) -m slow --durations=0
+
+lint: setup ## ruff, mypy --strict, the floors, the sizes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict helios backends tools
+	$(BIN)/lint-imports
+	$(BIN)/python tools/lines.py --check
+
+format: setup ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## speed on this CPU, side by side with diffusers
+	$(BIN)/python tools/bench.py
+
+clean: ## remove .venv and everything that was built or cached
+	rm -rf .venv build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
