@@ -11,7 +11,7 @@ from torch import Tensor
 from helios.errors import OpError
 from helios.op import Arg, ErrorCase, Sample, op
 
-__all__ = ["concat", "expand", "full", "narrow", "pad_replicate", "permute", "reshape", "unbind"]
+__all__ = ["concat", "expand", "full", "narrow", "pad_replicate", "permute", "reshape", "split_heads", "unbind"]
 
 
 def _reshape_samples() -> list[Sample]:
@@ -31,6 +31,22 @@ def reshape(x: Tensor, *, shape: tuple[int, ...]) -> Tensor:
     if math.prod(shape) != math.prod(x.shape):
         raise OpError(f"reshape: {list(x.shape)} has {math.prod(x.shape)} elements, {list(shape)} has {math.prod(shape)}")
     return x.reshape(shape)
+
+
+def _heads_samples() -> list[Sample]:
+    return [Sample("small", (Arg((2, 5, 24)),), {"heads": 2})]
+
+
+def _heads_errors() -> list[ErrorCase]:
+    return [ErrorCase("uneven", (Arg((2, 5, 24)),), {"heads": 5}, "24 channels")]
+
+
+@op(dims="b s d -> b s h e", kind="move", samples=_heads_samples, errors=_heads_errors)
+def split_heads(x: Tensor, *, heads: int) -> Tensor:
+    """Channels ``[b, s, heads·e]`` as ``[b, s, heads, e]``, head by head; may be a view."""
+    if x.shape[-1] % heads:
+        raise OpError(f"split_heads: {x.shape[-1]} channels do not divide into {heads} heads")
+    return x.reshape(*x.shape[:-1], heads, -1)
 
 
 def _permute_samples() -> list[Sample]:

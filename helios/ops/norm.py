@@ -165,27 +165,27 @@ def _gated_inputs(b: int, s: int, n: int, d: int, rows: int | None) -> tuple[Arg
 
 def _gated_samples() -> list[Sample]:
     return [
-        Sample("two_rows", _gated_inputs(2, 7, 7, 24, 2), {"split": 3}),
-        Sample("one_row", _gated_inputs(2, 7, 7, 24, 1), {"split": 0}),
-        Sample("tail", _gated_inputs(2, 7, 4, 24, None), {"split": 0}),
-        Sample("odd", _gated_inputs(1, 5, 5, 33, 2), {"split": 4}),
-        *(Sample(n, _gated_inputs(1, s, s, 5120, 2), {"split": h}, big=True) for n, (s, h) in TOKENS.items()),
+        Sample("two_rows", _gated_inputs(2, 7, 7, 24, 2), {"gate_split": 3}),
+        Sample("one_row", _gated_inputs(2, 7, 7, 24, 1), {"gate_split": 0}),
+        Sample("tail", _gated_inputs(2, 7, 4, 24, None), {"gate_split": 0}),
+        Sample("odd", _gated_inputs(1, 5, 5, 33, 2), {"gate_split": 4}),
+        *(Sample(n, _gated_inputs(1, s, s, 5120, 2), {"gate_split": h}, big=True) for n, (s, h) in TOKENS.items()),
     ]
 
 
 def _gated_errors() -> list[ErrorCase]:
-    return [ErrorCase("longer", _gated_inputs(1, 5, 6, 24, None), {"split": 0}, "has 6 tokens, x only 5")]
+    return [ErrorCase("longer", _gated_inputs(1, 5, 6, 24, None), {"gate_split": 0}, "has 6 tokens, x only 5")]
 
 
 @op(dims="b s d, b n d, b r d? -> b s d", kind="round", samples=_gated_samples, errors=_gated_errors)
-def gated_add(x: Tensor, y: Tensor, gate: Tensor | None = None, *, split: int = 0) -> Tensor:
+def gated_add(x: Tensor, y: Tensor, gate: Tensor | None = None, *, gate_split: int = 0) -> Tensor:
     """Residual: ``x + gate · y`` on the last n tokens of x; the tokens before them stay as they are.
 
     Args:
         x: the residual stream ``[b, s, d]``.
         y: the branch ``[b, n, d]``, n ≤ s.
         gate: ``[b, r, d]``, r = 1 or 2, float32 in a published run; ``None`` for 1.
-        split: tokens **of y** that take row 0 of the gate where r = 2.
+        gate_split: tokens **of y** that take row 0 of the gate where r = 2.
 
     Returns:
         ``[b, s, d]`` in the dtype of x; computed in at least float32, rounded once.
@@ -196,7 +196,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor | None = None, *, split: int = 
     acc = accumulator(x.dtype)
     branch = y.to(acc)
     if gate is not None:
-        parts = [part * row.to(acc) for part, row in _rows(branch, gate, split, "gated_add")]
+        parts = [part * row.to(acc) for part, row in _rows(branch, gate, gate_split, "gated_add")]
         branch = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     tail = (x[:, s - n :].to(acc) + branch).to(x.dtype)
     return tail if n == s else torch.cat((x[:, : s - n], tail), dim=1)
@@ -231,6 +231,6 @@ def gated_add_adaln(
     Returns:
         the sum ``[b, s, d]``, and ``adaln`` of it ``[b, s, d]``, both in the dtype of x.
     """
-    total = gated_add(x, y, gate, split=gate_split)
+    total = gated_add(x, y, gate, gate_split=gate_split)
     normed = layer_norm(total, eps=eps, dtype=accumulator(x.dtype))
     return total, modulate(normed, scale, shift, split=split, dtype=x.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from helios.errors import OpError
 from helios.op import Arg, ErrorCase, Sample, accumulator, op
-from helios.ops.layout import reshape
+from helios.ops.layout import narrow, split_heads
 from helios.ops.norm import TOKENS, rms_norm
 
 __all__ = ["qk_norm_rope", "rope", "rope_table"]
@@ -78,7 +78,8 @@ def rope_table(
 def _pool(table: Tensor, pool: tuple[int, int, int]) -> Tensor:
     t, h, w = table.shape[:3]
     flat = table.flatten(3).permute(3, 0, 1, 2)[None]
-    if missing := [-n % p for n, p in zip((t, h, w), pool, strict=True)]:
+    missing = [-n % p for n, p in zip((t, h, w), pool, strict=True)]
+    if any(missing):
         flat = F.pad(flat, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
     return F.avg_pool3d(flat, pool)[0].permute(1, 2, 3, 0).unflatten(3, table.shape[3:])
 
@@ -116,27 +117,45 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
 
 
 def _qk_samples() -> list[Sample]:
-    def case(name: str, b: int, s: int, h: int, d: int, fill: str = "normal", big: bool = False) -> Sample:
-        x = Arg((b, s, h * d), fill)  # type: ignore[arg-type]
+    def case(name: str, rows: int, s: int, h: int, d: int, fill: str = "normal", big: bool = False) -> Sample:
+        q, k = (Arg((1, n, h * d), fill) for n in (rows, s))  # type: ignore[arg-type]
         w = Arg((h * d,), offset=1.0, scale=0.1)
-        return Sample(name, (x, x, w, w, Arg((s, d // 2, 2), "table", dtype=F32)), {"heads": h}, big)
+        return Sample(name, (q, k, w, w, Arg((s, d // 2, 2), "table", dtype=F32)), {"heads": h}, big)
 
-    small = [case("small", 2, 5, 2, 12), case("tiny", 1, 9, 3, 6, "tiny"), case("outliers", 1, 17, 12, 128, "outliers")]
-    return [*small, *(case(n, 1, s, 40, 128, "outliers", True) for n, (s, _) in TOKENS.items())]
+    return [
+        case("small", 5, 5, 2, 12),
+        case("tail", 3, 7, 2, 12),
+        case("tiny", 9, 9, 3, 6, "tiny"),
+        case("outliers", 17, 17, 12, 128, "outliers"),
+        *(case(n, s, s, 40, 128, "outliers", True) for n, (s, _) in TOKENS.items()),
+        case("last_block", 8640, 11040, 40, 128, "outliers", True),
+    ]
 
 
-@op(dims="b s d, b s d, d, d, s p 2 -> b s h e, b s h e", kind="fused", samples=_qk_samples)
+def _qk_errors() -> list[ErrorCase]:
+    w = Arg((24,))
+    return [ErrorCase("longer", (Arg((1, 6, 24)), Arg((1, 5, 24)), w, w, Arg((5, 6, 2))), {"heads": 2}, "6 queries")]
+
+
+@op(
+    dims="b n d, b s d, d, d, s p 2 -> b n h e, b s h e", kind="fused", samples=_qk_samples, errors=_qk_errors
+)
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, *, heads: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm over all heads together, head split and RoPE, of queries and keys in one pass.
 
     Args:
-        q, k: ``[b, s, heads·e]``.
+        q: ``[b, n, heads·e]``, n ≤ s: the queries of the last n tokens.
+        k: ``[b, s, heads·e]``.
         q_weight, k_weight: ``[heads·e]``.
         table: ``[s, e/2, 2]``, see ``rope_table``.
     """
-    shape = (q.shape[0], q.shape[1], heads, q.shape[2] // heads)
+    n, s = q.shape[1], k.shape[1]
+    if n > s:
+        raise OpError(f"qk_norm_rope: {n} queries, but only {s} keys")
     qn = rms_norm(q, q_weight, eps=eps)
     kn = rms_norm(k, k_weight, eps=eps)
-    return rope(reshape(qn, shape=shape), table), rope(reshape(kn, shape=shape), table)
+    qh = split_heads(qn, heads=heads)
+    kh = split_heads(kn, heads=heads)
+    return rope(qh, table if n == s else narrow(table, dim=0, start=s - n, length=n)), rope(kh, table)

@@ -1,0 +1,294 @@
+"""The backend interface, and how one is found and chosen.
+
+A backend is a class with a ``name``, ``devices()`` and ``kernels``; everything else has a default that is right for
+a device that torch can address. It registers by the entry point ``helios.backends``; ours use no other way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+import helios.ops  # noqa: F401  (registers the opset)
+from helios import op
+from helios.errors import BackendError, BackendUnavailable, InputError, UnknownBackend, unknown_name
+from helios.graph import Node
+
+if TYPE_CHECKING:
+    from helios.passes import Plan
+    from helios.program import Program
+
+__all__ = ["API_VERSION", "Backend", "Candidate", "DeviceInfo", "Kernel", "ReferenceBackend", "candidates", "select"]
+
+API_VERSION = 1
+"""Raised when the contract between Helios and a backend changes."""
+
+PRECISIONS: Mapping[str, torch.dtype] = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """One device: its index for selection, what the vendor calls it, and its memory in bytes where known."""
+
+    index: int
+    name: str
+    memory: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kernel:
+    """How a backend runs an op.
+
+    Args:
+        run: takes the op's operands in order and its attributes by keyword, returns what the op returns. Operands are
+            tensors on the backend's device, of any strides and alignment; they must not be written to. Outputs must not
+            alias an operand unless the op only moves data. Work is put on the device's current stream.
+        prepare: takes the same operands, ``None`` for those not in ``weights``, and returns an opaque handle: a packed,
+            re-laid or quantised form. Called once at load; ``run`` then takes the handle, the other operands and the
+            attributes, and the original weights may be freed.
+        weights: names of the operands that ``prepare`` consumes.
+    """
+
+    run: Callable[..., Any]
+    prepare: Callable[..., Any] | None = None
+    weights: tuple[str, ...] = ()
+
+
+class Backend:
+    """Base class. Mandatory: ``name``, ``devices`` and ``kernels`` (or ``compile``, for whole-graph engines).
+
+    Args:
+        provider: what stands between the first and the last colon of ``name:provider:index``; "" for none.
+        index: of the device.
+    """
+
+    name: ClassVar[str]
+    api_version: ClassVar[int] = API_VERSION
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+    """Names of the precisions that this backend offers, its default first."""
+    fusions: tuple[str, ...] = ()
+    """Fused ops that it wants; each needs a kernel."""
+    kernels: Mapping[str, Kernel] = {}
+    """By op name."""
+
+    def __init__(self, provider: str = "", index: int = 0) -> None:
+        if provider:
+            raise InputError(f"backend {self.name!r} has no providers, so {provider!r} means nothing to it")
+        self.index = index
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        """The devices that are there, or raise BackendUnavailable with the reason and one fix."""
+        raise BackendError(f"backend {self.name!r} does not say which devices it has")
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors live between kernels."""
+        return torch.device("cpu")
+
+    def supports(self, node: Node) -> str | None:
+        """``None`` if this backend runs the node, or the reason why not. Sees types, rates and attributes."""
+        return None if node.op in self.kernels else "no kernel"
+
+    def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
+        """A program for the plan. Whole-graph engines override this; others get one kernel a node."""
+        from helios.lower import compile_kernels
+
+        return compile_kernels(plan, self, fallback=fallback)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+
+    def memory(self) -> tuple[int, int] | None:
+        """Free and total bytes of the device, where it can say."""
+        return None
+
+    @property
+    def label(self) -> str:
+        """As it would be selected again."""
+        return self.name + (f":{self.index}" if self.index else "")
+
+
+class ReferenceBackend(Backend):
+    """Runs the op bodies on any torch device: the day-zero use of a device that nobody has ported to.
+
+    ``reference`` is the CPU, ``reference:mps``, ``reference:xpu``, ``reference:cuda:1`` are others; on
+    ``reference:meta`` the whole pipeline runs with no arithmetic.
+    """
+
+    name = "reference"
+    precisions = ("fp32", "bf16", "fp64")
+
+    def __init__(self, provider: str = "", index: int = 0) -> None:
+        super().__init__("", index)
+        try:
+            self._device = torch.device(provider or "cpu", index) if index else torch.device(provider or "cpu")
+        except RuntimeError as error:
+            raise InputError(f"torch knows no device {provider!r}: {str(error).splitlines()[0]}") from error
+
+    @functools.cached_property
+    def kernels(self) -> Mapping[str, Kernel]:  # type: ignore[override]
+        return {name: Kernel(op.get(name).fn) for name in op.names()}
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        try:
+            torch.empty(1, device=self._device)
+        except Exception as error:
+            why = str(error).strip().splitlines()[0]
+            raise BackendUnavailable(
+                f"torch cannot use the device {self._device}: {why}", "install the torch build for this device"
+            ) from error
+        return [DeviceInfo(self.index, f"torch {self._device}")]
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def synchronize(self) -> None:
+        module = getattr(torch, self._device.type, None)
+        if self._device.type not in ("cpu", "meta") and hasattr(module, "synchronize"):
+            module.synchronize(self._device)
+
+    @property
+    def label(self) -> str:
+        return "reference" if self._device.type == "cpu" else f"reference:{self._device}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """A backend by name: its class, its devices, or why it has none here."""
+
+    name: str
+    cls: type[Backend] | None
+    devices: tuple[DeviceInfo, ...] = ()
+    why: str = ""
+    fix: str = ""
+
+    @property
+    def available(self) -> bool:
+        return bool(self.devices)
+
+
+GROUP = "helios.backends"
+PREFERENCE = ("cuda", "ascend", "trt", "cpu", "ort", "reference")
+"""The order in which ``auto`` tries; backends of others come before ``cpu``, by name."""
+
+
+def entry_points() -> dict[str, list[importlib.metadata.EntryPoint]]:
+    """Registered backends by name; more than one entry under a name is a conflict."""
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        known = found.setdefault(point.name, [])
+        if all(other.value != point.value for other in known):
+            known.append(point)
+    return found
+
+
+def names() -> list[str]:
+    return sorted({"reference", *entry_points()})
+
+
+def load(name: str) -> type[Backend]:
+    """The class of a backend. Raises UnknownBackend, or BackendUnavailable if it cannot be imported."""
+    if name == "reference":
+        return ReferenceBackend
+    points = entry_points().get(name)
+    if not points:
+        raise UnknownBackend(unknown_name("backend", name, names()), fix="`helios backends` lists what is installed")
+    if len(points) > 1:
+        claims = " and ".join(sorted(p.value for p in points))
+        raise BackendUnavailable(f"two packages claim the backend name {name!r}: {claims}", "uninstall one of them")
+    try:
+        cls = points[0].load()
+    except Exception as error:
+        raise BackendUnavailable(
+            f"backend {name!r} fails on import: {type(error).__name__}: {error}", f"repair or uninstall {points[0].value}"
+        ) from error
+    return _checked(name, cls)
+
+
+def _checked(name: str, cls: Any) -> type[Backend]:
+    """Validate at registration, not at the first call."""
+    if not (isinstance(cls, type) and issubclass(cls, Backend)):
+        raise BackendUnavailable(f"backend {name!r}: {cls!r} is not a subclass of helios.backend.Backend")
+    if cls.api_version != API_VERSION:
+        raise BackendUnavailable(
+            f"backend {name!r} is made for backend API {cls.api_version}, this Helios has {API_VERSION}",
+            fix="install versions of both that match",
+        )
+    unknown = sorted(set(cls.fusions) - set(op.names()))
+    if unknown:
+        raise BackendUnavailable(f"backend {name!r} wants {unknown_name('op', unknown[0], op.names())}")
+    return cls
+
+
+def candidates() -> Iterator[Candidate]:
+    """Every registered backend with its devices, or why it has none; a broken one harms nobody else."""
+    for name in names():
+        try:
+            cls = load(name)
+            yield Candidate(name, cls, tuple(cls().devices()))
+        except BackendError as error:
+            yield Candidate(name, None, why=error.why, fix=error.fix)
+        except Exception as error:
+            why = f"its probe raised {type(error).__name__}: {error}"
+            yield Candidate(name, None, why=why, fix="report this to the backend's maintainer")
+
+
+def select(spec: str | None = None) -> Backend:
+    """The backend to use: an argument beats ``HELIOS_BACKEND`` beats ``auto``.
+
+    Args:
+        spec: ``name[:provider][:index]`` such as ``cuda:1``, ``ort:cuda``, ``reference:mps``; or ``auto``.
+
+    Raises:
+        UnknownBackend: nobody has that name.
+        BackendUnavailable: it cannot run here; or, for ``auto``, none can.
+    """
+    spec = spec or os.environ.get("HELIOS_BACKEND") or "auto"
+    if spec == "auto":
+        return _automatic()
+    name, provider, index = parse_spec(spec)
+    cls = load(name)
+    backend = cls(provider, index)
+    devices = backend.devices()
+    if all(device.index != index for device in devices):
+        known = ", ".join(f"{d.index} ({d.name})" for d in devices) or "none"
+        raise BackendUnavailable(f"backend {name!r} has no device {index}; it has {known}")
+    return backend
+
+
+def parse_spec(spec: str) -> tuple[str, str, int]:
+    """``name[:provider][:index]`` in its three parts."""
+    name, *rest = spec.split(":")
+    index = int(rest.pop()) if rest and rest[-1].isdigit() else 0
+    if not name or len(rest) > 1:
+        raise InputError(f"{spec!r} is not a backend", fix="write name[:provider][:index], such as cuda:1 or ort:cuda")
+    return name, rest[0] if rest else "", index
+
+
+def _automatic() -> Backend:
+    found = {c.name: c for c in candidates()}
+    stranger = PREFERENCE.index("cpu")
+    order = sorted(found, key=lambda n: (PREFERENCE.index(n) if n in PREFERENCE else stranger - 0.5, n))
+    for name in order:
+        cls = found[name].cls
+        if found[name].available and cls is not None:
+            return cls(index=found[name].devices[0].index)
+    raise BackendUnavailable("no backend can run here", fix="`helios doctor` says why, backend by backend")
+
+
+def explain_automatic() -> list[tuple[str, str]]:
+    """Each backend in the order that ``auto`` tries, with the reason why it lost; the last one is the choice."""
+    chosen = _automatic()
+    lines = []
+    for candidate in sorted(candidates(), key=lambda c: PREFERENCE.index(c.name) if c.name in PREFERENCE else 2.5):
+        if candidate.name == chosen.name:
+            return [*lines, (candidate.name, "chosen")]
+        lines.append((candidate.name, candidate.why))
+    return lines

@@ -1,0 +1,7 @@
+"""Passes: each takes a graph and gives a graph; ``verify`` runs after every one."""
+
+from helios.passes.fuse import fuse
+from helios.passes.phase import Plan, build_plan
+from helios.passes.prune import prune
+
+__all__ = ["Plan", "build_plan", "fuse", "prune"]
