@@ -75,6 +75,7 @@ def decode_graph(
     dtype: torch.dtype,
     first: bool = True,
     caches: bool = True,
+    clip: bool = True,
 ) -> Graph:
     """The graph that decodes one group of latents.
 
@@ -86,21 +87,23 @@ def decode_graph(
         dtype: of the arithmetic and the weights.
         first: the group starts the video; otherwise it takes ``cache.N``.
         caches: give ``cache.N`` for a group that follows.
+        clip: to −1 … 1; tiles are clipped only after they are blended.
 
     Inputs: ``latents`` ``[b, z, g, height/8, width/8]`` as the transformer makes them (normalised), in
     ``accumulator(dtype)``; ``cache.N`` in ``dtype`` unless ``first``; weights ``decoder.*`` and ``post_quant_conv.*``.
-    Outputs: ``video`` ``[b, 3, frames, height, width]`` in ``dtype``, within −1 … 1; ``cache.N`` in ``dtype``.
+    Outputs: ``video`` ``[b, 3, frames, height, width]`` in ``dtype``; ``cache.N`` in ``dtype``.
 
     Raises:
         InputError: the size is not a multiple of the spatial factor.
     """
     h, w = _latent_size(config, height, width)
-    name = _name("vae_decode", first, caches, (batch, latents, height, width))
+    name = _name("vae_decode" if clip else "vae_decode_tile", first, caches, (batch, latents, height, width))
     with Builder(name) as build:
         x = build.input("latents", (batch, config.z_dim, latents, h, w), accumulator(dtype), Rate.STEP)
         x = denormalize_latents(x, mean=config.latents_mean, std=config.latents_std, dtype=dtype)
         net = _Decoder(config, build, dtype, first, caches)
-        build.output("video", clamp(net.forward(x), low=-1.0, high=1.0))
+        video = net.forward(x)
+        build.output("video", clamp(video, low=-1.0, high=1.0) if clip else video)
         net.write_caches()
     return build.graph()
 
