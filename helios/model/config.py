@@ -301,6 +301,11 @@ class PipelineConfig:
         fields = {name: value for name, value in data.items() if not isinstance(value, list)}
         return read(cls, {"class_name": data.get("_class_name", "")} | fields, where)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The published JSON form without the components; only the pyramid's class knows the two flags."""
+        flags = plain(self) if self.class_name == "HeliosPyramidPipeline" else {}
+        return {"_class_name": self.class_name} | {name: value for name, value in flags.items() if name != "class_name"}
+
     def variant(self, scheduler: SchedulerConfig) -> str:
         """``"base"``, ``"mid"`` or ``"distilled"``: the flags and the stages of the schedule tell it, no name does."""
         if self.is_distilled:
