@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 READY := .venv/.ready
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 # One thread a worker: two workers on two cores, and the same sums on every machine.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
@@ -23,8 +23,8 @@ setup: $(READY) ## make .venv with everything in it (repeated only when pyprojec
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Helios HAL needs Python 3.11 or newer, and none was found. Install one, or: make PYTHON=/path/to/python3" >&2; exit 2; }
-	@echo "Setting up .venv with $$($(PYTHON) --version): once, mostly downloading torch"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Setting up .venv with $$($(PYTHON) --version): once, one to several minutes, mostly for torch"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@# The build backend comes under the same pins, hence no build isolation: an isolated build would ignore them.
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation --editable '.[dev]'
