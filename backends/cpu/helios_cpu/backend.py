@@ -1,0 +1,49 @@
+"""The backend class: which kernels there are, and what this host is."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from helios import op
+from helios.backend import Backend, DeviceInfo, Kernel
+from helios.passes import Plan
+from helios.program import Program
+from helios_cpu import allocator, elementwise, gemm
+
+__all__ = ["CpuBackend"]
+
+
+class CpuBackend(Backend):
+    """Runs on the host's cores, with as many threads as torch is set to use."""
+
+    name = "cpu"
+    precisions = ("bf16", "fp32", "fp64")
+    fusions = ("adaln", "gated_add_adaln", "linear_gelu", "qk_norm_rope", "qkv_linear")
+
+    def __init__(self, provider: str = "", index: int = 0) -> None:
+        super().__init__(provider, index)
+        bodies = {name: Kernel(op.get(name).fn) for name in op.names() if op.get(name).kind != "fused"}
+        self.kernels: Mapping[str, Kernel] = {**bodies, **gemm.KERNELS, **elementwise.KERNELS}
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        return [DeviceInfo(0, f"{_model()}, {torch.get_num_threads()} threads", pages * size)]
+
+    def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
+        allocator.keep_freed_memory()
+        return super().compile(plan, fallback=fallback)
+
+
+def _model() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
