@@ -54,4 +54,6 @@ def dynamic_shift(sigmas: F64, mu: float, kind: str) -> F64:
     if weight <= 0:
         raise InputError(f"a linear time shift needs mu > 0, got {mu}", "use more tokens or an exponential shift")
     with np.errstate(divide="ignore"):
-        return weight / (weight + (1 / sigmas - 1))
+        # A reciprocal and a product, not a quotient: torch divides a number by a tensor so, and the tables equal the
+        # published ones to the last bit.
+        return weight * (1 / (weight + (1 / sigmas - 1)))
