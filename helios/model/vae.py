@@ -1,4 +1,4 @@
-"""The Wan video autoencoder, written once against the ops: read it from ``decode_graph`` and ``encode_graph`` downwards.
+"""The Wan video autoencoder, written once against the ops: read it from ``decode_graph`` and ``encode_graph`` down.
 
 Time is causal. Every convolution over time sees two frames of the past, so a video can be computed in groups: a *first*
 graph starts from nothing, and each *next* graph takes the last frames of the group before as inputs ``cache.N`` and

@@ -112,7 +112,7 @@ class VaeRunner:
             latents: ``[b, z, t, h, w]`` as the transformer makes them.
 
         Returns:
-            ``[b, 3, 4(t − 1) + 1, 8h, 8w]`` in the runner's dtype, within −1 … 1, where the executor leaves its outputs.
+            ``[b, 3, 4(t − 1) + 1, 8h, 8w]`` in the runner's dtype, within −1 … 1, where the executor left it.
 
         Raises:
             InputError: another number of dimensions or channels.
@@ -159,7 +159,8 @@ class VaeRunner:
 
         Args:
             video: ``[b, 3, 4m + 1, height, width]``, −1 … 1.
-            noise: standard normal ``[b, z, m + 1, height/8, width/8]``; without it the mode. The published pipelines draw.
+            noise: standard normal ``[b, z, m + 1, height/8, width/8]``; without it the mode.
+                The published pipelines draw.
 
         Returns:
             ``[b, z, m + 1, height/8, width/8]`` in ``accumulator(dtype)``.

@@ -7,16 +7,16 @@ blended linearly over their overlap, with the published geometry.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
 
 from helios.errors import InputError
-from helios.graph import Graph, Node, Value
+from helios.graph import Graph, Node
 from helios.model.config import VaeConfig
 from helios.model.vae import decode_graph, encode_graph, frames_of
-from helios.op import accumulator, get
+from helios.op import accumulator
 
 __all__ = ["Half", "Split", "Tile", "choose_group", "choose_split", "live_bytes", "peak_bytes"]
 
@@ -90,48 +90,50 @@ def live_bytes(graph: Graph) -> int:
     """Most bytes of activations that are alive at once when the nodes run in order and each value is freed after its
     last use. Weights are not counted; inputs are, all the time, because the caller holds them.
 
-    Rounding ops in a narrow dtype are charged two temporaries in the accumulator dtype, as the op bodies have them.
+    Norms and activations in a narrow dtype are charged two temporaries in the accumulator dtype, as their bodies have
+    them before the result exists.
     What a library allocates inside one op (a convolution's workspace, a packed copy) is not in it.
     """
-    root = _roots(graph)
-    last = _last_uses(graph, root)
-    held = {v.name: v.type.nbytes for v in graph.inputs if v.rate}
-    live = peak = sum(held.values())
+    owner, size = _memory(graph)
+    dying = _last_uses(graph, owner)
+    given = {v.name for v in graph.inputs}
+    live = peak = sum(size[name] for name in given)
     for number, node in enumerate(graph.nodes):
-        fresh = 0 if node.op in _VIEWS or not any(v.rate for v in node.values) else sum(o.type.nbytes for o in node.outputs)
+        fresh = sum(size[out.name] for out in node.outputs if owner[out.name] == out.name)
         live += fresh
         peak = max(peak, live + (_workspace(node) if fresh else 0))
-        for name, size in last.get(number, {}).items():
-            live -= 0 if name in held else size
+        live -= sum(size[name] for name in dying.get(number, ()) if name not in given)
     return peak
 
 
-def _roots(graph: Graph) -> dict[str, Value]:
-    """The value whose memory each value lies in."""
-    root: dict[str, Value] = {v.name: v for v in graph.inputs}
+def _memory(graph: Graph) -> tuple[dict[str, str], dict[str, int]]:
+    """For each value the one whose memory it lies in, and its bytes: 0 for weights and what is computed of them."""
+    owner = {v.name: v.name for v in graph.inputs}
+    size = {v.name: v.type.nbytes if v.rate else 0 for v in graph.inputs}
     for node in graph.nodes:
-        base = root[node.values[0].name] if node.op in _VIEWS else None
-        root |= {out.name: base or out for out in node.outputs}
-    return root
+        base = owner[node.values[0].name] if node.op in _VIEWS else None
+        activation = not node.values or any(v.rate for v in node.values)
+        for out in node.outputs:
+            owner[out.name] = base or out.name
+            size[out.name] = out.type.nbytes if activation else 0
+    return owner, size
 
 
-def _last_uses(graph: Graph, root: dict[str, Value]) -> dict[int, dict[str, int]]:
-    """For each node, what dies after it: name and bytes."""
-    uses = {root[v.name].name: number for number, node in enumerate(graph.nodes) for v in (*node.values, *node.outputs)}
-    for _, value in graph.outputs:
-        uses[root[value.name].name] = len(graph.nodes)
-    sizes = {v.name: v.type.nbytes if v.rate else 0 for v in root.values()}
-    dying: dict[int, dict[str, int]] = {}
+def _last_uses(graph: Graph, owner: Mapping[str, str]) -> dict[int, list[str]]:
+    """For each node, the values that nobody needs after it."""
+    uses = {owner[v.name]: number for number, node in enumerate(graph.nodes) for v in (*node.values, *node.outputs)}
+    uses |= {owner[v.name]: len(graph.nodes) for _, v in graph.outputs}
+    dying: dict[int, list[str]] = {}
     for name, number in uses.items():
-        dying.setdefault(number, {})[name] = sizes[name]
+        dying.setdefault(number, []).append(name)
     return dying
 
 
 def _workspace(node: Node) -> int:
     out = node.outputs[0].type
     wide = accumulator(out.dtype)
-    exact = get(node.op).kind == "move" or node.op in ("conv3d", "linear", "attention", "add")
-    return 0 if exact or wide == out.dtype else 2 * out.numel * wide.itemsize
+    widens = node.op in ("channel_norm", "channel_norm_silu", "silu")
+    return 2 * out.numel * wide.itemsize - out.nbytes if widens and wide != out.dtype else 0
 
 
 def peak_bytes(
@@ -181,12 +183,8 @@ def _graph(
     )
 
 
-def _fits(
-    config: VaeConfig, group: int, latents: int, height: int, width: int, dtype: torch.dtype, batch: int, half: Half, room: int
-) -> bool:
-    """Whether groups of that many latents stay within the budget and within 32-bit indices."""
-    one_pass = group >= latents
-    graph = _graph(config, min(group, latents), height, width, dtype, batch, one_pass, not one_pass, half)
+def _fits(graph: Graph, room: int) -> bool:
+    """Whether a group stays within the budget and within 32-bit indices."""
     largest = max(o.type.numel for node in graph.nodes for o in node.outputs)
     return largest <= LARGEST and live_bytes(graph) <= room
 
@@ -213,8 +211,10 @@ def choose_group(
     """
     low, high = 0, latents + 1
     while high - low > 1:
-        middle = latents if high == latents + 1 else (low + high) // 2
-        if _fits(config, middle, latents, height, width, dtype, batch, half, budget_bytes):
+        # One pass first: it needs no caches, so it may fit where a slightly smaller group does not.
+        whole = high == latents + 1
+        middle = latents if whole else (low + high) // 2
+        if _fits(_graph(config, middle, height, width, dtype, batch, whole, not whole, half), budget_bytes):
             low = middle
         else:
             high = middle
@@ -261,9 +261,9 @@ def choose_split(
     side = (min(tile.size, height), min(tile.size, width))
     if part := group(*side):
         return Split(part, tile)
-    need = peak_bytes(config, latents=1, height=side[0], width=side[1], dtype=dtype, batch=batch, first=False, half=half)
+    one = _graph(config, 1, *side, dtype, batch, latents == 1, latents > 1, half)
     raise InputError(
-        f"the VAE needs {need / 2**20:.0f} MiB for one latent of a {side[0]}×{side[1]} tile, "
+        f"the VAE needs {live_bytes(one) / 2**20:.0f} MiB for one latent of a {side[0]}×{side[1]} tile, "
         f"but {budget_bytes / 2**20:.0f} MiB are left",
         fix="use smaller tiles, a smaller batch, or bfloat16",
     )

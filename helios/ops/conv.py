@@ -134,8 +134,7 @@ def channel_norm(x: Tensor, gamma: Tensor, *, eps: float = 1e-12) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(eps)
     gain = gamma.to(wide.dtype) * math.sqrt(x.shape[1])
     wide = wide / length  # rebound, not nested: the copy that a narrow dtype needs is freed here
-    wide = wide * gain[:, None, None, None]
-    return wide.to(x.dtype)
+    return wide.mul_(gain[:, None, None, None]).to(x.dtype)
 
 
 @op(dims="b c t h w, c -> b c t h w", kind="fused", samples=_norm_samples)
