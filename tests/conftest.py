@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -25,3 +28,15 @@ def _no_helios_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test chooses its backend and fallback itself."""
     for name in [name for name in os.environ if name.startswith("HELIOS_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> ModuleType:
+    """The script ``tools/make_checkpoint.py`` as a module: ``tools`` is no package."""
+    path = Path(__file__).parents[1] / "tools" / "make_checkpoint.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
