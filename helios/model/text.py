@@ -1,0 +1,173 @@
+"""Prompts to embeddings: cleaning, the UMT5 encoder of a model folder, and a stand-in where there is no folder.
+
+The encoder itself is transformers'; ours is what the published pipelines do around it: clean the text, cut it to a
+number of tokens, and set the embeddings behind its end to zero, because the network attends to the padding.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import html
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from helios.errors import CheckpointError, InputError
+
+__all__ = ["Encoded", "NoText", "StandInText", "TextEncoder", "Umt5Text", "clean_prompt"]
+
+REMEMBERED = 32
+"""Embeddings kept on the host, 8 MB each at the published size, so that a prompt that comes back needs no encoder."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """One prompt: its embedding ``[tokens, text_dim]``, float32, host; and the end of the text that did not fit."""
+
+    embedding: Tensor
+    cut: str = ""
+
+
+class TextEncoder(Protocol):
+    """Turns prompts into embeddings. The same text gives the same bits, whatever was encoded before or beside it."""
+
+    @property
+    def origin(self) -> str:
+        """What made the embeddings, in words that a report can print."""
+
+    def encode(self, text: str, tokens: int) -> Encoded:
+        """The embedding of one prompt, zero behind its end.
+
+        Args:
+            text: as the user wrote it.
+            tokens: length of the embedding; what is longer is cut.
+        """
+
+    def release(self) -> None:
+        """Free the encoder's memory; it comes back by itself when it is needed again."""
+
+
+def clean_prompt(text: str) -> str:
+    """The text as the encoder was trained on it: broken Unicode repaired, HTML entities resolved (twice, as published),
+    every run of white space one blank.
+
+    >>> clean_prompt("  a&amp;amp;b\\n\\tc ")
+    'a&b c'
+    """
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text.strip()).strip()
+
+
+class Umt5Text:
+    """The UMT5 encoder and tokenizer of a model folder, read when the first prompt comes.
+
+    Args:
+        folder: holds ``text_encoder`` and ``tokenizer``.
+        text_dim: width of the embeddings that the transformer takes.
+        dtype: of the encoder's arithmetic.
+        device: where it runs.
+    """
+
+    def __init__(self, folder: Path, *, text_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.folder, self.text_dim, self.dtype, self.device = folder, text_dim, dtype, device
+        self.origin = f"UMT5 of {folder}"
+        self._loaded: tuple[Any, Any] | None = None
+        self._known: collections.OrderedDict[tuple[str, int], Encoded] = collections.OrderedDict()
+
+    def encode(self, text: str, tokens: int) -> Encoded:
+        key = (clean_prompt(text), tokens)
+        if key not in self._known:
+            self._known[key] = self._encode(*key)
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+    def release(self) -> None:
+        self._loaded = None
+
+    def _encode(self, text: str, tokens: int) -> Encoded:
+        tokenizer, encoder = self._load()
+        batch = tokenizer([text], padding="max_length", max_length=tokens, truncation=True, return_tensors="pt")
+        length = int(batch.attention_mask.sum())
+        with torch.no_grad():
+            state = encoder(batch.input_ids.to(self.device), batch.attention_mask.to(self.device)).last_hidden_state
+        embedding = state[0].to("cpu", torch.float32 if self.dtype != torch.float64 else torch.float64)
+        embedding[length:] = 0.0
+        return Encoded(embedding, self._rest(tokenizer, text, tokens))
+
+    @staticmethod
+    def _rest(tokenizer: Any, text: str, tokens: int) -> str:
+        """The end of the text that is not among its first tokens; the last one of them closes the text."""
+        ids = tokenizer(text, add_special_tokens=True, verbose=False).input_ids
+        return str(tokenizer.decode(ids[tokens - 1 :], skip_special_tokens=True)) if len(ids) > tokens else ""
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            from transformers import AutoTokenizer, UMT5EncoderModel
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+                encoder = UMT5EncoderModel.from_pretrained(
+                    self.folder / "text_encoder", dtype=self.dtype, local_files_only=True, use_safetensors=True
+                )
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise CheckpointError(
+                    f"{self.folder}: text encoder or tokenizer cannot be read: {first}", "download the folder again"
+                ) from error
+            if encoder.config.d_model != self.text_dim:
+                raise CheckpointError(
+                    f"{self.folder}/text_encoder gives embeddings of {encoder.config.d_model} numbers, the transformer "
+                    f"takes {self.text_dim}",
+                    "use the text encoder that belongs to this transformer",
+                )
+            self._loaded = tokenizer, encoder.eval().requires_grad_(False).to(self.device)
+        return self._loaded
+
+
+class StandInText:
+    """Embeddings that stand for a text without understanding it: each word is a fixed pseudo-random vector.
+
+    For sizes with random weights, which have no text encoder: different prompts are different inputs, equal prompts
+    are equal ones, and nothing more is claimed.
+    """
+
+    origin = "stand-in text: a hash of each word, no language model"
+
+    def __init__(self, text_dim: int) -> None:
+        self.text_dim = text_dim
+
+    def encode(self, text: str, tokens: int) -> Encoded:
+        words = [*clean_prompt(text).split(), "</s>"]
+        kept = words if len(words) <= tokens else [*words[: tokens - 1], "</s>"]
+        embedding = torch.zeros(tokens, self.text_dim)
+        for place, word in enumerate(kept):
+            embedding[place] = self._vector(word)
+        return Encoded(embedding, " ".join(words[tokens - 1 : -1]) if len(words) > tokens else "")
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+    def _vector(self, word: str) -> Tensor:
+        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little", signed=True)
+        return torch.randn(self.text_dim, generator=torch.Generator().manual_seed(seed))
+
+
+class NoText:
+    """For models without any text encoder: only given embeddings will do."""
+
+    origin = "no text encoder"
+
+    def encode(self, text: str, tokens: int) -> Encoded:
+        raise InputError("this model has no text encoder", "pass prompt_embeds (and negative_prompt_embeds)")
+
+    def release(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,246 @@
+"""One chunk of a run: a pure function of the weights, the request and the state before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helios.backend import Backend
+from helios.errors import StateError
+from helios.media import to_frames
+from helios.model.config import SchedulerConfig, TransformerConfig
+from helios.model.text import TextEncoder
+from helios.model.vae_split import Split
+from helios.pipeline.codec import Codec, to_host
+from helios.pipeline.denoise import Denoiser, Guidance
+from helios.pipeline.history import CHUNK_LATENTS
+from helios.pipeline.prompts import PromptState
+from helios.pipeline.request import Request
+from helios.pipeline.state import RunState
+from helios.program import Context
+from helios.sampler import CounterNoise, DiffusersNoise, Noise, Schedule, build_schedule, pyramid_tokens
+
+__all__ = ["Chunk", "Progress", "Run", "noise_of"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """Told after each solver step: chunk (and chunks, None without end), stage, steps done and to do in the chunk, and
+    seconds since the chunk began."""
+
+    chunk: int
+    chunks: int | None
+    stage: int
+    step: int
+    steps: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """33 finished frames.
+
+    Attributes:
+        index: of the chunk in the video.
+        latents: ``[b, 16, 9, h/8, w/8]`` float32 (float64 in fp64), host.
+        frames: ``[b, 33, h, w, 3]`` uint8, host.
+        state: of the run after this chunk; whatever continues from it does not see later chunks.
+        timings: seconds of ``text``, ``history``, ``denoise``, ``decode`` and ``total``.
+        warnings: what the caller should know, such as the end of a prompt that did not fit.
+    """
+
+    index: int
+    latents: Tensor
+    frames: Tensor
+    state: RunState
+    timings: Mapping[str, float]
+    warnings: tuple[str, ...] = ()
+
+
+def noise_of(request: Request) -> Noise:
+    """The source of draws that a request names, at its beginning."""
+    if request.rng == "helios":
+        return CounterNoise(request.seed)
+    generator = torch.Generator()
+    # torch takes seeds of 64 bits with a sign or without; the same bits are the same seed
+    return DiffusersNoise(generator.manual_seed(request.seed))
+
+
+class _Laps:
+    """Seconds of each part, with the device's work waited for."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.begin = self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        self.backend.synchronize()
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+        self.seconds["total"] = now - self.begin
+
+
+class Run:
+    """Makes chunks of one request. Holds bound prompts and nothing that a chunk could change.
+
+    Args:
+        request: what is asked for.
+        denoiser, codec, text: the networks.
+        transformer, scheduler: configs.
+        split: how frames are decoded.
+        plan: of the execution, kept in each state.
+        progress: told after each step.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        denoiser: Denoiser,
+        codec: Codec,
+        text: TextEncoder,
+        transformer: TransformerConfig,
+        scheduler: SchedulerConfig,
+        split: Split,
+        plan: Mapping[str, Any],
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.request, self.denoiser, self.codec, self.text = request, denoiser, codec, text
+        self.transformer, self.scheduler = transformer, scheduler
+        self.split, self.plan, self.progress = split, plan, progress
+        self._embeddings: dict[str, Tensor] = {}
+        self._negative: Context | None = None
+        self._prompt: tuple[Any, Context] | None = None
+        self._warnings: list[str] = list(request.warnings)
+
+    def chunk(self, state: RunState) -> Chunk:
+        """The next chunk after a state.
+
+        Raises:
+            StateError: the state is of another size or kind of random numbers than the request.
+        """
+        self._require_fit(state)
+        laps = _Laps(self.codec.backend)
+        noise = noise_of(self.request)
+        noise.restore(state.rng)
+        prompt = self._prompt_state(state)
+        guidance = self._guidance(prompt, state.chunk)
+        laps.lap("text")
+        history = self.denoiser.bind_history(state.history, state.anchor)
+        laps.lap("history")
+        latents = self.denoiser.chunk(
+            state.chunk,
+            self._schedule(state.chunk),
+            noise,
+            guidance,
+            history,
+            self._given(state.chunk),
+            self._on_step(state.chunk, laps),
+        )
+        laps.lap("denoise")
+        video = self.codec.decode(latents, self.split)
+        frames = to_frames(to_host(video) if video.is_meta else video).cpu()
+        laps.lap("decode")
+        host = to_host(latents)
+        warnings, self._warnings = tuple(self._warnings), []
+        return Chunk(state.chunk, host, frames, self._after(state, host, prompt, noise), laps.seconds, warnings)
+
+    def _require_fit(self, state: RunState) -> None:
+        layout = self.denoiser.layout
+        wanted = [*layout.latents(self.denoiser.channels)]
+        wanted[2] = layout.window.length
+        if list(state.history.shape) != wanted:
+            raise StateError(
+                f"the state's history is {list(state.history.shape)}, this run needs {wanted}",
+                "continue with the height, width, batch and history of the run that it came from",
+            )
+
+    def _prompt_state(self, state: RunState) -> PromptState:
+        request, prompt = self.request, state.prompt
+        if request.embeds is not None:
+            return PromptState()
+        if request.script is None:
+            return prompt.change(request.texts, state.chunk)
+        wanted = request.script.wanted(state.chunk)
+        return prompt if wanted is None else prompt.change((wanted,), state.chunk)
+
+    def _guidance(self, prompt: PromptState, chunk: int) -> Guidance:
+        request = self.request
+        weight = prompt.weight(chunk, request.interpolation_steps or 0)
+        key = (prompt.current, prompt.previous if weight < 1.0 else (), weight)
+        if self._prompt is None or self._prompt[0] != key:
+            self._prompt = None  # free the old text keys and values before the new ones are made
+            self._prompt = key, self._bind(self._mixed(prompt, weight))
+        if request.guided and self._negative is None:
+            embeds = request.negative_embeds
+            self._negative = self._bind(self._embeds(request.negatives) if embeds is None else embeds)
+        if request.script is None or request.script.ask is None:
+            self.text.release()
+        return Guidance(self._prompt[1], self._negative, request.guidance, request.zero_init, request.zero_steps)
+
+    def _mixed(self, prompt: PromptState, weight: float) -> Tensor:
+        if self.request.embeds is not None:
+            return self.request.embeds
+        new = self._embeds(prompt.current)
+        return new if weight == 1.0 else torch.lerp(self._embeds(prompt.previous), new, weight)
+
+    def _embeds(self, texts: tuple[str, ...]) -> Tensor:
+        for text in texts:
+            if text not in self._embeddings:
+                encoded = self.text.encode(text, self.request.tokens)
+                self._embeddings[text] = encoded.embedding
+                if encoded.cut:
+                    kept = f"the prompt is longer than {self.request.tokens} tokens"
+                    self._warnings.append(f"{kept}; what the model does not see: {encoded.cut!r}")
+        return torch.stack([self._embeddings[text] for text in texts])
+
+    def _bind(self, embeds: Tensor) -> Context:
+        return self.denoiser.bind_prompt(embeds.repeat_interleave(self.request.videos_per_prompt, dim=0))
+
+    def _schedule(self, chunk: int) -> Schedule:
+        layout = self.denoiser.layout
+        tokens = pyramid_tokens(
+            CHUNK_LATENTS, layout.height, layout.width, self.scheduler.stages, self.transformer.patch_size
+        )
+        return build_schedule(
+            self.scheduler,
+            self.request.steps,
+            tokens,
+            amplify=self.request.amplify and chunk == 0,
+            shift_from=self.request.shift_from,
+            sigmas=self.request.sigmas,
+        )
+
+    def _given(self, chunk: int) -> Tensor | None:
+        begin = chunk * CHUNK_LATENTS
+        given = self.request.latents
+        return None if given is None or begin >= given.shape[2] else given[:, :, begin : begin + CHUNK_LATENTS]
+
+    def _on_step(self, chunk: int, laps: _Laps) -> Callable[[int, int, int], None]:
+        def tell(stage: int, step: int, steps: int) -> None:
+            if self.progress is not None:
+                seconds = time.perf_counter() - laps.begin
+                self.progress(Progress(chunk, self.request.chunks, stage, step, steps, seconds))
+
+        return tell
+
+    def _after(self, state: RunState, latents: Tensor, prompt: PromptState, noise: Noise) -> RunState:
+        request, window = self.request, self.request.window
+        first = state.chunk == 0 and state.anchor is None
+        takes = window.keep_first_frame and (first or (request.skip_first_chunk and state.chunk == 1))
+        origin = {name: state.settings[name] for name in ("kind", "given") if name in state.settings}
+        return RunState(
+            chunk=state.chunk + 1,
+            history=window.extend(state.history, latents),
+            anchor=latents[:, :, :1].clone() if takes else state.anchor,
+            rng=noise.state(),
+            prompt=prompt,
+            settings=request.settings() | origin,
+            plan=dict(self.plan),
+        )
