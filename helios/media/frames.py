@@ -92,7 +92,7 @@ def to_frames(video: Tensor) -> Tensor:
     if bool(torch.isnan(unit).any()):
         raise InputError(
             f"the decoded video {list(video.shape)} holds NaN",
-            "check the weights (helios doctor --model ...) or run in a wider precision (--precision bf16 or fp32)",
+            "check the weights, or run in a wider precision (--precision fp32)",
         )
     levels = unit.clamp_(0.0, 1.0).mul_(255.0).round_().to(torch.uint8)
     return levels.permute(0, 2, 3, 4, 1).contiguous()

@@ -164,8 +164,9 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
         raise InputError(f"video {path} is a still picture ({name.removesuffix('_pipe')})", "give it as the image")
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
-        kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
-        raise InputError(f"video {path} has no video stream; found: {kinds}", "name a video, such as an mp4")
+        kinds = ", ".join(sorted({s.type for s in container.streams}))
+        fix = "name a video, such as an mp4" if kinds else "the file may be cut off: copy or export it again"
+        raise InputError(f"video {path} has no video stream; found: {kinds or 'nothing'}", fix)
     return streams[0]
 
 

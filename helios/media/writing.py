@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from helios.errors import InputError, StateError
+from helios.errors import HeliosError, InputError, StateError
 from helios.media.frames import require_frames, require_size
 from helios.media.reading import exact_conversion, read_metadata
 from helios.media.storage import atomic
@@ -52,6 +52,7 @@ class SegmentWriter:
 
     Raises:
         InputError: an odd size, a rate that is not positive.
+        HeliosError: this PyAV has no libx264; told before anything is computed.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class SegmentWriter:
         self.metadata = dict(metadata or {})
         if self.fps <= 0:
             raise InputError(f"{fps} frames per second", "give a positive frame rate, such as 24")
+        _require_encoder()
 
     def write(self, chunk: int, frames: Tensor) -> Path:
         """Encode uint8 ``[f, h, w, 3]`` as the segment of that chunk and return its path; an older one is replaced.
@@ -164,6 +166,16 @@ class _Source:
     size: tuple[int, int]
     rate: Fraction
     header: bytes
+
+
+def _require_encoder() -> None:
+    import av
+
+    if "libx264" not in av.codecs_available:
+        raise HeliosError(
+            f"PyAV {av.__version__} was built without libx264, so no mp4 can be written",
+            "pip install --force-reinstall --only-binary av av",
+        )
 
 
 def _even(size: tuple[int, int]) -> tuple[int, int]:
