@@ -1,0 +1,255 @@
+"""``helios bench``: how long a forward takes here, phase by phase and op by op."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from helios.cli import output
+from helios.cli.options import (
+    BackendOption,
+    FallbackOption,
+    HeightOption,
+    JsonOption,
+    PrecisionOption,
+    SizeOption,
+    VariantOption,
+    WidthOption,
+    setting,
+)
+from helios.errors import BackendError, InputError, unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from helios.backend import Backend
+    from helios.graph import Rate
+    from helios.program import Context, Program
+
+__all__ = ["EXAMPLES", "bench"]
+
+EXAMPLES = "Example: helios bench --size mini --pyramid-stage 0 --repeat 10"
+SEED = 0
+
+
+def bench(
+    size: SizeOption = "mini",
+    variant: VariantOption = "distilled",
+    pyramid_stage: Annotated[
+        int | None, typer.Option(metavar="N", help="One stage; 0 is the coarsest.", show_default="all of the variant")
+    ] = None,
+    height: HeightOption = 384,
+    width: WidthOption = 640,
+    precision: PrecisionOption = None,
+    backend: BackendOption = None,
+    fallback: FallbackOption = None,
+    repeat: Annotated[int, typer.Option(metavar="N", help="Timed runs of each step, after one to warm up.")] = 5,
+    json: JsonOption = False,
+) -> None:
+    """Time a forward with seeded random weights, by phase and by op.
+
+    The weights are random and no video is made: this is speed alone.
+    """
+    if repeat < 1:
+        raise InputError(f"--repeat {repeat}: wanted at least 1", fix="--repeat 5")
+    from helios.backend import select
+
+    chosen = select(backend)
+    name = precision or chosen.precisions[0]
+    asked = setting(size, variant, height, width, name)
+    if name not in chosen.precisions:
+        raise InputError(unknown_name(f"precision of backend {chosen.label!r}", name, chosen.precisions))
+    stages = range(asked.stages) if pyramid_stage is None else [pyramid_stage]
+    report = measure(asked, stages, chosen, fallback, repeat, quiet=json)
+    report = {"machine": machine(chosen, name), **report}
+    output.print_json(report) if json else _print(report)
+
+
+def machine(backend: Backend, precision: str) -> dict[str, Any]:
+    """What ran: everything that a figure needs beside it."""
+    import torch
+
+    import helios
+    from helios.fit.host import read_host
+
+    host = read_host()
+    device = next((d.name for d in backend.devices() if d.index == backend.index), "")
+    return {
+        "backend": backend.label,
+        "device": device,
+        "precision": precision,
+        "cpu": host.cpu,
+        "cores": host.usable_cores,
+        "threads": torch.get_num_threads(),
+        "system": host.system,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "helios": helios.__version__,
+    }
+
+
+def measure(
+    asked: Any, stages: Sequence[int], backend: Backend, fallback: str | None, repeat: int, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Load, bind, warm up, time, and profile once; seconds."""
+    from helios.fit.costs import phase_costs, stage_graphs
+    from helios.graph import Rate
+    from helios.lower import lower
+    from helios.model.random_weights import RandomWeights
+    from helios.model.shapes import transformer_shapes
+
+    say: Callable[[str], None] = (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
+    weights = RandomWeights(transformer_shapes(asked.size.transformer), seed=SEED, dtype=asked.dtype)
+    program = lower(stage_graphs(asked, stages), backend, fallback=_fallback(fallback))
+    say(f"loading {asked.size.name}, {weights.origin}")
+    load = _timed(backend, lambda: program.load(weights))[0]
+    prompt, first = _bind(program, Rate.PROMPT, repeat)
+    history, second = _bind(program, Rate.CHUNK, repeat)
+    context = prompt | history
+    timed = {"prompt": first, "chunk": second}
+    slowest: dict[str, list[dict[str, Any]]] = {}
+    for entry in program.plan.steps:
+        say(f"{entry}: {repeat} runs")
+        timed[entry] = _steps(program, entry, context, repeat)
+        slowest[entry] = _by_op(program, entry, context)
+    flops = {phase.name: phase.flops for phase in phase_costs(program.plan)}
+    return {
+        "size": asked.size.name,
+        "variant": asked.variant.name,
+        "height": asked.height,
+        "width": asked.width,
+        "weights": weights.origin,
+        "repeat": repeat,
+        "load_seconds": load,
+        "fallback_nodes": program.coverage.fallbacks,
+        "phases": {name: _statistics(laps, flops[name]) for name, laps in timed.items()},
+        "ops": slowest,
+    }
+
+
+def _fallback(asked: str | None) -> str:
+    import os
+
+    return asked or os.environ.get("HELIOS_FALLBACK") or "error"
+
+
+def _inputs(program: Program, rate: Rate, entry: str | None = None) -> dict[str, Tensor]:
+    """Seeded normal inputs of one rate; a timestep in the middle of its range."""
+    import torch
+
+    graphs = [program.plan.steps[entry]] if entry else list(program.plan.graphs.values())
+    names = program.input_names(rate)
+    generator = torch.Generator().manual_seed(SEED)
+    values = {v.name: v for graph in graphs for v in graph.inputs_at(rate) if v.name in names}
+    drawn = {name: torch.randn(v.shape, generator=generator).to(v.dtype) for name, v in sorted(values.items())}
+    return {name: torch.full_like(x, 500.0) if name == "timestep" else x for name, x in drawn.items()}
+
+
+def _bind(program: Program, rate: Rate, repeat: int) -> tuple[Context, list[float]]:
+    inputs = _inputs(program, rate)
+    context = program.bind(inputs)
+    return context, [_timed(program.backend, lambda: program.bind(inputs))[0] for _ in range(repeat)]
+
+
+def _steps(program: Program, entry: str, context: Context, repeat: int) -> list[float]:
+    """Seconds of each run after one to warm up, whose result must be what a network gives."""
+    import torch
+
+    from helios.graph import Rate
+
+    inputs = _inputs(program, Rate.STEP, entry)
+    result = program.run(entry, inputs, context)["velocity"].float()
+    if result.device.type != "meta" and not (torch.isfinite(result).all() and result.std() > 0):
+        raise BackendError(
+            f"backend {program.backend.label!r} computed {entry} with values that are not finite, or all the same",
+            fix="its speed means nothing like this; compare it with --backend reference first",
+        )
+    return [_timed(program.backend, lambda: program.run(entry, inputs, context))[0] for _ in range(repeat)]
+
+
+def _timed(backend: Backend, call: Callable[[], Any]) -> tuple[float, Any]:
+    backend.synchronize()
+    start = time.perf_counter()
+    result = call()
+    backend.synchronize()
+    return time.perf_counter() - start, result
+
+
+def _by_op(program: Program, entry: str, context: Context) -> list[dict[str, Any]]:
+    """Seconds by op in one profiled step, the slowest first; empty for a program that runs as a whole."""
+    from helios import op
+    from helios.graph import Rate
+    from helios.program import KernelProgram
+
+    if not isinstance(program, KernelProgram):
+        return []
+    rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0])
+    for node, lap in program.profile(entry, _inputs(program, Rate.STEP, entry), context):
+        rows[node.op][0] += 1
+        rows[node.op][1] += lap
+        rows[node.op][2] += op.cost(node).flops
+    made = [{"op": name, "nodes": n, "seconds": lap, "flops": flops} for name, (n, lap, flops) in rows.items()]
+    return sorted(made, key=lambda row: -float(row["seconds"]))
+
+
+def _statistics(laps: list[float], flops: int) -> dict[str, Any]:
+    """Nearest-rank percentiles: with fewer than a hundred runs p99 is the slowest."""
+    ordered = sorted(laps)
+    middle = statistics.median(ordered)
+    p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
+    return {"p50": middle, "p99": p99, "runs": len(laps), "flops": flops, "flop_per_second": flops / middle}
+
+
+def _print(report: dict[str, Any]) -> None:
+    m = report["machine"]
+    output.line(
+        f"{m['backend']} on {m['device']}; {m['cpu']}, {m['cores']:g} cores, {m['threads']} threads; {m['system']}"
+    )
+    output.line(f"Python {m['python']}, torch {m['torch']}, helios-hal {m['helios']}")
+    sizes = f"{report['size']}, {report['variant']}, {report['height']}×{report['width']}, {m['precision']}"
+    output.line(f"Helios {sizes}; {report['weights']}")
+    if report["fallback_nodes"]:
+        output.line(
+            f"{report['fallback_nodes']} nodes ran by the fallback: this is no figure of the backend.", "bold red"
+        )
+    output.heading("By phase")
+    rows = [
+        (name, output.seconds(p["p50"]), output.seconds(p["p99"]), p["runs"], *_rate(p["flops"], p["flop_per_second"]))
+        for name, p in report["phases"].items()
+    ]
+    columns = ["phase", "p50", "p99", "runs", "TFLOP", "GFLOP/s"]
+    output.table(columns, rows, right=columns[1:])
+    output.note(f"Load and weights phase: {output.seconds(report['load_seconds'])}, once.")
+    for entry, ops in report["ops"].items():
+        _print_ops(entry, ops)
+
+
+def _print_ops(entry: str, ops: list[dict[str, Any]]) -> None:
+    output.heading(f"{entry}, by op, one profiled run")
+    if not ops:
+        output.line("This backend runs the graph as a whole and tells no single op.")
+        return
+    total = sum(row["seconds"] for row in ops)
+    rows = [
+        (
+            r["op"],
+            r["nodes"],
+            output.seconds(r["seconds"]),
+            f"{r['seconds'] / total:.1%}",
+            *_rate(r["flops"], r["flops"] / r["seconds"])[1:],
+        )
+        for r in ops
+    ]
+    columns = ["op", "nodes", "time", "share", "GFLOP/s"]
+    output.table(columns, rows, right=columns[1:])
+
+
+def _rate(flops: float, rate: float) -> tuple[str, str]:
+    return (output.teraflops(flops), f"{rate / 1e9:.0f}") if flops else ("", "")

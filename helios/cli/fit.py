@@ -1,0 +1,279 @@
+"""``helios fit``: whether a setting fits a device, and how fast it may be there."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from helios.cli import output
+from helios.cli.options import (
+    HeightOption,
+    JsonOption,
+    SizeOption,
+    StepsOption,
+    VariantOption,
+    WidthOption,
+    setting,
+)
+
+if TYPE_CHECKING:
+    from helios.fit.devices import Device
+    from helios.fit.estimate import Fit, Speed, Work
+    from helios.fit.host import Host
+
+__all__ = ["EXAMPLES", "Target", "fit", "this_machine"]
+
+EXAMPLES = "Example: helios fit --device h100 --variant distilled --steps 1,1,1"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """What the question is about.
+
+    Attributes:
+        title: for people.
+        backend: as it would be selected.
+        memory: bytes of the device, or of the host where both are one.
+        peak: FLOP a second in the asked precision; 0 where unknown.
+        bandwidth: bytes a second; 0 where unknown.
+        source: where the figures come from.
+        shared: whether device and host memory are one.
+        here: whether it is this machine.
+        device: the row of the table, if it has one.
+    """
+
+    title: str
+    backend: str
+    memory: int
+    peak: float
+    bandwidth: float
+    source: str
+    shared: bool = False
+    here: bool = False
+    device: Device | None = None
+
+
+def fit(
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Such as h100, rtx4090 or ascend-910b.", show_default="this machine"),
+    ] = None,
+    size: SizeOption = "14b",
+    variant: VariantOption = "distilled",
+    height: HeightOption = 384,
+    width: WidthOption = 640,
+    precision: Annotated[str, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.")] = "bf16",
+    steps: StepsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Predict whether a device is large enough, and its frames a second.
+
+    Needs no accelerator: everything is computed from shapes and from a table of devices.
+    """
+    from helios.fit import devices
+
+    row = devices.find(device) if device is not None else None  # a wrong name should not wait for torch
+    from helios.fit.estimate import count_work, fit_memory, parse_steps, predict, repository
+    from helios.fit.host import read_host
+
+    asked = setting(size, variant, height, width, precision)
+    taken = parse_steps(steps, asked.variant)
+    host = read_host()
+    target = from_table(row, precision) if row is not None else this_machine(host, precision)
+    work = count_work(asked)
+    memory = fit_memory(work, target.memory, shared=target.shared)
+    speed = predict(work, taken, peak=target.peak, bandwidth=target.bandwidth) if target.peak else None
+    flags = suggested(target, work, memory, taken, precision)
+    download = repository(asked)
+    if json:
+        output.print_json(_data(target, work, memory, speed, taken, host, dataclasses.asdict(download), flags))
+        return
+    output.line(f"Helios {size}, {variant}, {height}×{width}, {precision}, steps {','.join(map(str, taken))}")
+    output.line(f"on {target.title} ({_figures(target)}; {target.source})")
+    _print_memory(target, memory)
+    _print_host(target, memory, host)
+    _print_download(size, download, host)
+    _print_speed(target, speed, memory, taken, work, precision)
+    _print_flags(flags, memory, target)
+
+
+def from_table(device: Device, precision: str) -> Target:
+    """A device of the table. Its peak is known in bfloat16 alone."""
+    peak = device.peak if precision == "bf16" else 0.0
+    return Target(device.title, device.backend, device.memory, peak, device.bandwidth, device.source, device=device)
+
+
+def this_machine(host: Host, precision: str) -> Target:
+    """What Helios would run on here: a device that the table knows, or the host with its measured matrix product."""
+    from helios.backend import select
+    from helios.cli.options import dtype_of
+    from helios.fit.devices import recognise
+    from helios.fit.measure import matrix_rate
+
+    backend = select()
+    info = next(d for d in backend.devices() if d.index == backend.index)
+    known = recognise(info.name)
+    if backend.device.type == "cpu":
+        rate = matrix_rate(dtype_of(precision))
+        source = "peak: a short matrix product, measured now"
+        title = f"this machine: {host.cpu}, {host.usable_cores:g} cores"
+        return Target(title, backend.label, host.usable_memory, rate, 0.0, source, shared=True, here=True)
+    if known is not None:
+        found = from_table(known, precision)
+        memory = info.memory or known.memory
+        return dataclasses.replace(found, title=info.name, backend=backend.label, memory=memory, here=True)
+    source = "the table has no row for it, so no speed is predicted"
+    return Target(info.name, backend.label, info.memory or 0, 0.0, 0.0, source, here=True)
+
+
+def suggested(target: Target, work: Work, memory: Fit, steps: tuple[int, ...], precision: str) -> list[str]:
+    """Flags of ``helios generate`` for this setting; none if it does not fit."""
+    if not memory.fits:
+        return []
+    asked = work.setting
+    flags = ["--variant", asked.variant.name, "--height", str(asked.height), "--width", str(asked.width)]
+    flags += ["--backend", target.backend, "--precision", precision]
+    return flags + ["--steps", ",".join(map(str, steps))]
+
+
+def _figures(target: Target) -> str:
+    parts = [f"{target.memory / 2**30:.0f} GiB"]
+    if target.bandwidth:
+        parts.append(f"{target.bandwidth / 1e9:.0f} GB/s")
+    if target.peak:
+        parts.append(f"{target.peak / 1e12:.3g} TFLOP/s")
+    return ", ".join(parts)
+
+
+def _print_memory(target: Target, memory: Fit) -> None:
+    output.heading("Memory of this machine" if target.shared else "Memory of the device")
+    rows = [(part.name, output.gigabytes(part.bytes)) for part in memory.parts]
+    output.table(
+        ["at the fullest moment", "size"], [*rows, ("together", output.gigabytes(memory.total))], right=["size"]
+    )
+    verdict = "fits" if memory.fits else f"does NOT fit: {output.gigabytes(memory.short)} are missing"
+    output.line(f"{verdict}; {output.gigabytes(memory.usable)} can be used of {output.gigabytes(target.memory)}")
+    if memory.split is not None and memory.split.tile is not None:
+        tile = memory.split.tile.size
+        output.line(f"The VAE has room for tiles of {tile}×{tile} pixels only; their seams are blended, not exact.")
+    elif memory.fits and memory.split is not None:
+        output.line(f"The VAE decodes {output.count(memory.split.group, 'latent')} at a time.")
+    if not memory.text_on_device and not target.shared:
+        output.line("The text encoder does not fit beside the rest: it stays on the host.")
+
+
+def _print_host(target: Target, memory: Fit, host: Host) -> None:
+    limit = f", its cgroup allows {output.gigabytes(host.memory_limit)}" if host.memory_limit else ""
+    here = f"this host has {output.gigabytes(host.memory)}{limit}, {output.gigabytes(host.available)} available now"
+    if target.shared:
+        output.line(f"{here[0].upper()}{here[1:]}.")
+        return
+    output.heading("Memory of the host")
+    rows = [(part.name, output.gigabytes(part.bytes)) for part in memory.host]
+    output.table(["part", "size"], [*rows, ("together", output.gigabytes(memory.host_total))], right=["size"])
+    enough = "enough" if memory.host_total <= host.usable_memory else "NOT enough"
+    output.line(f"{enough}: {here}")
+
+
+def _print_download(size: str, download: Any, host: Host) -> None:
+    output.heading("Download and disk")
+    parts = f"transformer {output.gigabytes(download.transformer)}, text encoder {output.gigabytes(download.text)}"
+    output.line(f"{output.gigabytes(download.total)}: {parts}, VAE {output.gigabytes(download.vae)}")
+    enough = "enough" if download.total <= host.disk_free else "NOT enough"
+    output.line(f"{enough}: {output.gigabytes(host.disk_free)} are free here, in {host.cache}")
+    stored = "16-bit transformer and text encoder, 32-bit VAE"
+    which = (
+        ""
+        if size == "14b"
+        else f" There is no published repository of size {size}: a folder of that size would be so large."
+    )
+    output.note(f"Computed from parameter counts ({stored}); a repository may hold more.{which}")
+
+
+def _print_speed(
+    target: Target, speed: Speed | None, memory: Fit, steps: tuple[int, ...], work: Work, precision: str
+) -> None:
+    from helios.fit.estimate import SHARES, VAE_SHARES
+
+    output.heading("Speed: a prediction, not a measurement")
+    if speed is None:
+        why = f"no {precision} peak of it is known" if target.device else "its peak is not known"
+        output.line(f"Not predicted: {why}.")
+        return
+    output.line(f"{_range(speed.fps)} frames a second, steady" + ("" if memory.fits else ", if it did fit"))
+    output.table(
+        ["part of a chunk", "TFLOP", "slow", "fast"],
+        [
+            (f"{speed.forwards} forwards", output.teraflops(speed.flops), *map(output.seconds, speed.denoise)),
+            ("VAE decode", output.teraflops(work.vae_flops), *map(output.seconds, speed.vae)),
+        ],
+        right=["TFLOP", "slow", "fast"],
+    )
+    if speed.first_chunk != (speed.denoise[0] + speed.vae[0], speed.denoise[1] + speed.vae[1]):
+        slow, fast = map(output.seconds, speed.first_chunk)
+        output.line(f"The first chunk takes twice the steps: {fast} to {slow}.")
+    output.note(
+        f"Assumed: {SHARES[0]:.0%} to {SHARES[1]:.0%} of the peak in the transformer, {VAE_SHARES[0]:.0%} to "
+        f"{VAE_SHARES[1]:.0%} in the VAE; text and video encoding left out."
+    )
+    for known in _published(target, work, steps):
+        output.line(f"Published for this device and these steps: {known.fps:g} frames a second ({known.source}).")
+
+
+def _published(target: Target, work: Work, steps: tuple[int, ...]) -> list[Any]:
+    rows = target.device.published if target.device else ()
+    asked = work.setting
+    usual = asked.size.name == "14b" and (asked.height, asked.width) == (384, 640)
+    return [row for row in rows if usual and row.variant == asked.variant.name and row.steps == steps]
+
+
+def _range(pair: tuple[float, float]) -> str:
+    return " to ".join(f"{value:.3g}" if value >= 0.01 else f"{value:.1g}" for value in pair)
+
+
+def _print_flags(flags: list[str], memory: Fit, target: Target) -> None:
+    from helios.fit.devices import table
+
+    output.heading("Suggested")
+    if flags:
+        output.line(f'helios generate "…" --model PATH_OR_REPO {" ".join(flags)}')
+        return
+    wanted = target.memory + memory.short
+    room = sorted((d for d in table().values() if d.memory > wanted), key=lambda d: (d.memory, d.name))
+    names = ", ".join(d.name for d in room[:4])
+    output.line("A smaller --height and --width, or more memory" + (f": {names} have enough." if names else "."))
+    if target.shared:
+        output.line("To see it run here: --size mini or --size tiny, with random weights.")
+
+
+def _data(
+    target: Target,
+    work: Work,
+    memory: Fit,
+    speed: Speed | None,
+    steps: tuple[int, ...],
+    host: Host,
+    download: dict[str, int],
+    flags: list[str],
+) -> dict[str, Any]:
+    asked = work.setting
+    counts = {f.name: getattr(work, f.name) for f in dataclasses.fields(work) if f.name != "setting"}
+    return {
+        "label": "prediction",
+        "size": asked.size.name,
+        "variant": asked.variant.name,
+        "height": asked.height,
+        "width": asked.width,
+        "steps": steps,
+        "target": {f.name: getattr(target, f.name) for f in dataclasses.fields(target) if f.name != "device"},
+        "fits": memory.fits,
+        "memory": dataclasses.asdict(memory) | {"short": memory.short, "host_total": memory.host_total},
+        "download": download | {"total": sum(download.values()), "label": "computed from parameter counts"},
+        "host": dataclasses.asdict(host),
+        "work": counts,
+        "speed": None if speed is None else dataclasses.asdict(speed),
+        "published": [dataclasses.asdict(row) for row in _published(target, work, steps)],
+        "flags": flags,
+    }

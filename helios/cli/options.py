@@ -1,0 +1,89 @@
+"""Options that several commands share, written once; and how their texts become values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from helios.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from helios.fit.costs import Setting
+
+__all__ = [
+    "CERTIFY",
+    "MAKE_VIDEO",
+    "PORT",
+    "BackendOption",
+    "FallbackOption",
+    "HeightOption",
+    "JsonOption",
+    "PrecisionOption",
+    "SizeOption",
+    "StepsOption",
+    "VariantOption",
+    "WidthOption",
+    "dtype_of",
+    "setting",
+]
+
+MAKE_VIDEO, PORT, CERTIFY = "Make video", "Port", "Certify"
+"""The panels of the help."""
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+SizeOption = Annotated[
+    str, typer.Option(metavar="tiny|mini|14b", help="Size of the networks; 14b is the published one.")
+]
+VariantOption = Annotated[str, typer.Option(metavar="base|mid|distilled", help="Published way to sample.")]
+HeightOption = Annotated[int, typer.Option(metavar="PIXELS", help="Height of the video.")]
+WidthOption = Annotated[int, typer.Option(metavar="PIXELS", help="Width of the video.")]
+PrecisionOption = Annotated[
+    str | None, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.", show_default="the backend's first")
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:PROVIDER][:INDEX]",
+        help="What to run on, such as cpu, cuda:1 or ort:cuda; otherwise HELIOS_BACKEND, otherwise the best there is.",
+        show_default=False,
+    ),
+]
+FallbackOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="error|reference",
+        help="What to do with an op that the backend has no kernel for; otherwise HELIOS_FALLBACK, otherwise error.",
+        show_default=False,
+    ),
+]
+StepsOption = Annotated[
+    str | None,
+    typer.Option(metavar="N[,N,N]", help="Solver steps, one number a pyramid stage.", show_default="the variant's"),
+]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a precision's name.
+
+    Raises:
+        InputError: no such precision; names the nearest.
+    """
+    from helios.backend import PRECISIONS
+
+    if name not in PRECISIONS:
+        raise InputError(unknown_name("precision", name, PRECISIONS), fix="--precision bf16")
+    return PRECISIONS[name]
+
+
+def setting(
+    size: str, variant: str, height: int, width: int, precision: str, *, batch: int = 1, text_tokens: int = 512
+) -> Setting:
+    """The options as one setting, checked."""
+    from helios.fit.costs import Setting
+    from helios.model import presets
+
+    chosen = presets.size(size), presets.variant(variant)
+    return Setting(*chosen, height, width, batch, text_tokens, dtype_of(precision))

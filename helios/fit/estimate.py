@@ -1,0 +1,327 @@
+"""Whether a setting fits a device, and how fast it may run there: a prediction from counts, never a measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from helios.backend import ReferenceBackend
+from helios.errors import InputError
+from helios.fit.costs import (
+    LATENT_FRAMES,
+    Setting,
+    activation_bytes,
+    phase_costs,
+    stage_graphs,
+    vae_flops,
+    weight_inputs,
+)
+from helios.lower import plan_for
+from helios.model.config import TextConfig
+from helios.model.presets import Variant
+from helios.model.shapes import transformer_shapes, vae_shapes
+from helios.model.vae import frames_of
+from helios.model.vae_split import Split, Tile, choose_split, peak_bytes
+
+__all__ = [
+    "Fit",
+    "Part",
+    "Repository",
+    "Speed",
+    "Work",
+    "count_work",
+    "fit_memory",
+    "parse_steps",
+    "predict",
+    "repository",
+    "text_parameters",
+]
+
+SHARES = (0.40, 0.70)
+"""Of a device's dense peak that whole denoising runs reach; the published Base run on an H100 is at 59 %."""
+VAE_SHARES = (0.20, 0.35)
+"""The same for the VAE's convolutions; a published decode of 665 ms on an A100 is at 33 %."""
+RESERVE = 0.06
+"""Of device memory, for the driver's context, library workspaces and fragmentation: an assumption."""
+HOST_BASE = 1_500_000_000
+"""Host bytes of the process itself with torch and transformers imported: an assumption."""
+
+
+def parse_steps(text: str | None, variant: Variant) -> tuple[int, ...]:
+    """Solver steps by stage, from ``--steps 1,1,1``; the variant's own where nothing is given.
+
+    Raises:
+        InputError: not whole numbers from 1, or not one a stage.
+    """
+    if text is None:
+        return variant.steps
+    parts = [part.strip() for part in text.split(",")]
+    stages = variant.scheduler.stages
+    if not all(part.isdigit() and int(part) for part in parts) or len(parts) != stages:
+        example = ",".join(map(str, variant.steps))
+        wanted = f"{stages} numbers ≥ 1, one a pyramid stage" if stages > 1 else "one number ≥ 1"
+        raise InputError(f"--steps {text}: variant {variant.name!r} takes {wanted}", fix=f"--steps {example}")
+    return tuple(map(int, parts))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """What a setting holds in memory, in bytes, and computes, in FLOP.
+
+    Attributes:
+        step_flops: one forward of each stage, coarsest first.
+        chunk_flops: history embedding, once a chunk.
+        prompt_flops: text keys and values, once a prompt.
+        vae_flops: decoding one chunk.
+        weights: transformer, as the graphs want it.
+        prompt: what one prompt holds.
+        chunk: what one chunk's history holds.
+        activations: of the largest step.
+        vae_weights, text_weights: of the other two networks.
+        largest_weight: the largest single tensor of all three, which passes through the host.
+        frames: a decoded chunk as bytes on the host.
+    """
+
+    setting: Setting
+    step_flops: tuple[int, ...]
+    chunk_flops: int
+    prompt_flops: int
+    vae_flops: int
+    weights: int
+    prompt: int
+    chunk: int
+    activations: int
+    vae_weights: int
+    text_weights: int
+    largest_weight: int
+    frames: int
+
+
+def count_work(setting: Setting) -> Work:
+    """Count a setting's graphs, on shapes."""
+    plan = plan_for(stage_graphs(setting), ReferenceBackend())
+    phases = {phase.name: phase for phase in phase_costs(plan)}
+    weights = {name: type_.nbytes for name, type_ in weight_inputs(plan).items()}
+    width = setting.dtype.itemsize
+    text = setting.size.text
+    frames = frames_of(setting.size.vae, LATENT_FRAMES)
+    return Work(
+        setting=setting,
+        step_flops=tuple(phases[name].flops for name in plan.steps),
+        chunk_flops=phases["chunk"].flops,
+        prompt_flops=phases["prompt"].flops,
+        vae_flops=vae_flops(setting),
+        weights=sum(weights.values()) + phases["weights"].held,
+        prompt=phases["prompt"].held,
+        chunk=phases["chunk"].held,
+        activations=max(activation_bytes(graph) for graph in plan.steps.values()),
+        vae_weights=_count(vae_shapes(setting.size.vae)) * width,
+        text_weights=text_parameters(text) * width,
+        largest_weight=max(*weights.values(), text.vocab_size * text.d_model * width),
+        frames=setting.batch * frames * setting.height * setting.width * 3,
+    )
+
+
+def text_parameters(config: TextConfig) -> int:
+    """Parameters of the UMT5 encoder: 5,680,910,336 at the published size."""
+    d, inner = config.d_model, config.num_heads * config.d_kv
+    bias = config.relative_attention_num_buckets * config.num_heads
+    layer = 4 * d * inner + bias + 3 * d * config.d_ff + 2 * d
+    return config.vocab_size * d + config.num_layers * layer + d
+
+
+def _count(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Repository:
+    """The published folder of a size, computed from parameter counts: networks and their bytes on disk."""
+
+    transformer: int
+    text: int
+    vae: int
+
+    @property
+    def total(self) -> int:
+        return self.transformer + self.text + self.vae
+
+
+def repository(setting: Setting) -> Repository:
+    """Bytes to download: transformer and text encoder in bfloat16, VAE in float32, as such releases are stored."""
+    size = setting.size
+    return Repository(
+        transformer=2 * _count(transformer_shapes(size.transformer)),
+        text=2 * text_parameters(size.text),
+        vae=4 * _count(vae_shapes(size.vae)),
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """One line of a memory budget, in bytes."""
+
+    name: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fit:
+    """A setting in a given amount of device memory.
+
+    Attributes:
+        parts: what lies on the device at its fullest moment.
+        total: their sum.
+        usable: device memory less the reserve.
+        text_on_device: whether the text encoder stays there as well.
+        split: how the VAE is cut, or ``None`` if it has no room.
+        host: what the host needs, by part.
+    """
+
+    parts: tuple[Part, ...]
+    total: int
+    usable: int
+    text_on_device: bool
+    split: Split | None
+    host: tuple[Part, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.split is not None and self.total <= self.usable
+
+    @property
+    def short(self) -> int:
+        """Bytes that are missing; 0 if it fits."""
+        return max(0, self.total - self.usable)
+
+    @property
+    def host_total(self) -> int:
+        return sum(part.bytes for part in self.host)
+
+
+def fit_memory(work: Work, memory: int, *, shared: bool = False) -> Fit:
+    """Lay a setting out in memory: with the text encoder if there is room, else with it elsewhere.
+
+    Args:
+        work: counted.
+        memory: bytes of the device.
+        shared: device and host memory are one, so everything is on it, and nothing twice.
+    """
+    usable = int(memory * (1 - RESERVE)) - (HOST_BASE + work.frames if shared else 0)
+    prompts = 2 if work.setting.variant.guidance > 1 else 1
+    fixed = [
+        Part("transformer weights", work.weights),
+        Part(f"text keys and values, {'2 prompts' if prompts == 2 else '1 prompt'}", prompts * work.prompt),
+        Part("history of a chunk", work.chunk),
+        Part("VAE weights", work.vae_weights),
+    ]
+    text = Part("text encoder weights", work.text_weights)
+    with_text = _laid_out(work, [*fixed, text], usable)
+    chosen = with_text if shared or with_text.fits else _laid_out(work, fixed, usable)
+    on_device = chosen is with_text
+    host = [] if shared else _host_parts(work, on_device)
+    return dataclasses.replace(chosen, text_on_device=on_device, host=tuple(host))
+
+
+def _laid_out(work: Work, parts: list[Part], usable: int) -> Fit:
+    """The parts, and then the larger of a step's activations and the VAE's: they are never there together."""
+    room = usable - sum(part.bytes for part in parts)
+    split = _vae_split(work.setting, max(0, room))
+    peak = _vae_peak(work, split)
+    name = "activations of a VAE decode" if peak > work.activations else "activations of a step"
+    parts = [*parts, Part(name, max(peak, work.activations))]
+    return Fit(tuple(parts), sum(part.bytes for part in parts), usable, False, split, ())
+
+
+def _vae_split(setting: Setting, room: int) -> Split | None:
+    try:
+        return choose_split(
+            setting.size.vae,
+            latents=LATENT_FRAMES,
+            height=setting.height,
+            width=setting.width,
+            dtype=setting.dtype,
+            budget_bytes=room,
+            batch=setting.batch,
+        )
+    except InputError:
+        return None
+
+
+def _vae_peak(work: Work, split: Split | None) -> int:
+    """Activations of decoding a chunk cut that way; at its smallest where no cut was found."""
+    setting = work.setting
+    split = split or Split(1, Tile())
+    tile = split.tiled(setting.height, setting.width)
+    height, width = (min(tile.size, side) if tile else side for side in (setting.height, setting.width))
+    whole = split.group >= LATENT_FRAMES
+    return peak_bytes(
+        setting.size.vae,
+        latents=min(split.group, LATENT_FRAMES),
+        height=height,
+        width=width,
+        dtype=setting.dtype,
+        batch=setting.batch,
+        first=whole,
+        caches=not whole,
+    )
+
+
+def _host_parts(work: Work, text_on_device: bool) -> list[Part]:
+    text = Part("largest weight on its way to the device", work.largest_weight)
+    if not text_on_device:
+        text = Part("text encoder weights", work.text_weights)
+    return [Part("process", HOST_BASE), text, Part("frames of a chunk", work.frames)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Speed:
+    """A predicted range: seconds of a steady chunk and frames a second, slow end first.
+
+    Attributes:
+        forwards: of the transformer in a chunk.
+        flops: of the transformer in a chunk.
+        denoise, vae: seconds, slow and fast.
+        fps: slow and fast.
+        first_chunk: seconds of the first chunk, which some variants give twice the steps.
+    """
+
+    forwards: int
+    flops: int
+    denoise: tuple[float, float]
+    vae: tuple[float, float]
+    fps: tuple[float, float]
+    first_chunk: tuple[float, float]
+
+
+def predict(work: Work, steps: tuple[int, ...], *, peak: float, bandwidth: float) -> Speed:
+    """The roofline: each forward takes its FLOPs at a share of the peak, but at least one reading of the weights.
+
+    Args:
+        work: counted.
+        steps: solver steps of each stage.
+        peak: FLOP a second.
+        bandwidth: bytes a second.
+    """
+    variant = work.setting.variant
+    branches = 2 if variant.guidance > 1 else 1
+    reading = work.weights / bandwidth if bandwidth else 0.0
+    flops = work.chunk_flops + branches * sum(n * f for n, f in zip(steps, work.step_flops, strict=True))
+
+    def seconds(share: float) -> float:
+        rate = peak * share
+        forwards = (n * max(f / rate, reading) for n, f in zip(steps, work.step_flops, strict=True))
+        return work.chunk_flops / rate + branches * sum(forwards)
+
+    denoise = (seconds(SHARES[0]), seconds(SHARES[1]))
+    vae = (work.vae_flops / (peak * VAE_SHARES[0]), work.vae_flops / (peak * VAE_SHARES[1]))
+    frames = work.setting.batch * frames_of(work.setting.size.vae, LATENT_FRAMES)
+    first = 2 if variant.amplify_first_chunk else 1
+    return Speed(
+        forwards=branches * sum(steps),
+        flops=flops,
+        denoise=denoise,
+        vae=vae,
+        fps=(frames / (denoise[0] + vae[0]), frames / (denoise[1] + vae[1])),
+        first_chunk=(first * denoise[0] + vae[0], first * denoise[1] + vae[1]),
+    )
