@@ -23,7 +23,7 @@ app = typer.Typer(
     name="helios",
     help="Helios: video from a prompt, chunk by chunk, on any device.",
     epilog="Start with `helios doctor`; each command has its own --help.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -38,11 +38,17 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Options before the command."""
+    """Helios: video from a prompt, chunk by chunk, on any device.."""
+    if context.invoked_subcommand is None:
+        text = context.get_help()  # printed already, and empty, where rich writes it
+        if text:
+            typer.echo(text)
+        raise typer.Exit(2)
 
 
 # One line a command; the order here is the order of the help, and the first panel is the one that most people need.
@@ -83,11 +89,8 @@ def _is_mistake(error: Exception) -> bool:
     """Tell what the parser refused, or an environment in which torch cannot start; False for everything else."""
     if hasattr(error, "format_message"):  # every error of the parser has it, whichever release of typer raises it
         context = getattr(error, "ctx", None)
-        message = error.format_message()
-        if context is not None and not message:
-            typer.echo(context.get_help())
-        else:
-            output.fail(message, f"`{context.command_path if context else 'helios'} --help` lists what there is")
+        path = context.command_path if context else "helios"
+        output.fail(error.format_message(), f"`{path} --help` lists what there is")
         return True
     if "TORCH_DEVICE_BACKEND_AUTOLOAD" in str(error):
         why = f"torch cannot start, because of a device package that it loads by itself: {error}".splitlines()[0]

@@ -133,7 +133,8 @@ def suggested(target: Target, work: Work, memory: Fit, steps: tuple[int, ...], p
     if not memory.fits:
         return []
     asked = work.setting
-    flags = ["--variant", asked.variant.name, "--height", str(asked.height), "--width", str(asked.width)]
+    model = ["--model", "PATH_OR_REPO"] if asked.size.name == "14b" else ["--size", asked.size.name]
+    flags = [*model, "--variant", asked.variant.name, "--height", str(asked.height), "--width", str(asked.width)]
     flags += ["--backend", target.backend, "--precision", precision]
     return flags + ["--steps", ",".join(map(str, steps))]
 
@@ -148,20 +149,30 @@ def _figures(target: Target) -> str:
 
 
 def _print_memory(target: Target, memory: Fit) -> None:
+    from helios.fit.estimate import MOMENTS
+
     output.heading("Memory of this machine" if target.shared else "Memory of the device")
-    rows = [(part.name, output.gigabytes(part.bytes)) for part in memory.parts]
-    output.table(
-        ["at the fullest moment", "size"], [*rows, ("together", output.gigabytes(memory.total))], right=["size"]
-    )
+    rows = [(p.name, *(_size(getattr(p, moment)) for moment in MOMENTS)) for p in memory.parts]
+    rows.append(("together", *(_size(memory.at(moment)) for moment in MOMENTS)))
+    columns = ["at a time", "encoding text", "a step", "decoding frames"]
+    output.table(columns, rows, right=columns[1:])
     verdict = "fits" if memory.fits else f"does NOT fit: {output.gigabytes(memory.short)} are missing"
     output.line(f"{verdict}; {output.gigabytes(memory.usable)} can be used of {output.gigabytes(target.memory)}")
+    if memory.fits_without_text and not memory.fits:
+        output.line(
+            "It is the text encoder that has no room: in Python, prompt_embeds made elsewhere stand for a text."
+        )
     if memory.split is not None and memory.split.tile is not None:
         tile = memory.split.tile.size
         output.line(f"The VAE has room for tiles of {tile}×{tile} pixels only; their seams are blended, not exact.")
-    elif memory.fits and memory.split is not None:
+    elif memory.split is None:
+        output.line("The VAE has no room, not even for tiles: it takes at most half of what the others leave.")
+    else:
         output.line(f"The VAE decodes {output.count(memory.split.group, 'latent')} at a time.")
-    if not memory.text_on_device and not target.shared:
-        output.line("The text encoder does not fit beside the rest: it stays on the host.")
+
+
+def _size(size: int) -> str:
+    return output.gigabytes(size) if size else ""
 
 
 def _print_host(target: Target, memory: Fit, host: Host) -> None:
@@ -171,7 +182,7 @@ def _print_host(target: Target, memory: Fit, host: Host) -> None:
         output.line(f"{here[0].upper()}{here[1:]}.")
         return
     output.heading("Memory of the host")
-    rows = [(part.name, output.gigabytes(part.bytes)) for part in memory.host]
+    rows = [(name, output.gigabytes(size)) for name, size in memory.host]
     output.table(["part", "size"], [*rows, ("together", output.gigabytes(memory.host_total))], right=["size"])
     enough = "enough" if memory.host_total <= host.usable_memory else "NOT enough"
     output.line(f"{enough}: {here}")
@@ -184,12 +195,8 @@ def _print_download(size: str, download: Any, host: Host) -> None:
     enough = "enough" if download.total <= host.disk_free else "NOT enough"
     output.line(f"{enough}: {output.gigabytes(host.disk_free)} are free here, in {host.cache}")
     stored = "16-bit transformer and text encoder, 32-bit VAE"
-    which = (
-        ""
-        if size == "14b"
-        else f" There is no published repository of size {size}: a folder of that size would be so large."
-    )
-    output.note(f"Computed from parameter counts ({stored}); a repository may hold more.{which}")
+    which = "a repository may hold more" if size == "14b" else f"no repository of size {size} is published"
+    output.note(f"Computed from parameter counts ({stored}); {which}.")
 
 
 def _print_speed(
@@ -238,12 +245,13 @@ def _print_flags(flags: list[str], memory: Fit, target: Target) -> None:
 
     output.heading("Suggested")
     if flags:
-        output.line(f'helios generate "…" --model PATH_OR_REPO {" ".join(flags)}')
+        output.line(f'helios generate "…" {" ".join(flags)}')
         return
     wanted = target.memory + memory.short
     room = sorted((d for d in table().values() if d.memory > wanted), key=lambda d: (d.memory, d.name))
     names = ", ".join(d.name for d in room[:4])
-    output.line("A smaller --height and --width, or more memory" + (f": {names} have enough." if names else "."))
+    smaller = "A smaller --height and --width, or more" if memory.at("encode") <= memory.usable else "More"
+    output.line(f"{smaller} memory" + (f": {names} have enough." if names else "."))
     if target.shared:
         output.line("To see it run here: --size mini or --size tiny, with random weights.")
 
@@ -258,6 +266,8 @@ def _data(
     download: dict[str, int],
     flags: list[str],
 ) -> dict[str, Any]:
+    from helios.fit.estimate import MOMENTS
+
     asked = work.setting
     counts = {f.name: getattr(work, f.name) for f in dataclasses.fields(work) if f.name != "setting"}
     return {
@@ -269,7 +279,13 @@ def _data(
         "steps": steps,
         "target": {f.name: getattr(target, f.name) for f in dataclasses.fields(target) if f.name != "device"},
         "fits": memory.fits,
-        "memory": dataclasses.asdict(memory) | {"short": memory.short, "host_total": memory.host_total},
+        "memory": dataclasses.asdict(memory)
+        | {
+            "moments": {moment: memory.at(moment) for moment in MOMENTS},
+            "fits_without_text": memory.fits_without_text,
+            "short": memory.short,
+            "host_total": memory.host_total,
+        },
         "download": download | {"total": sum(download.values()), "label": "computed from parameter counts"},
         "host": dataclasses.asdict(host),
         "work": counts,

@@ -96,9 +96,11 @@ def teraflops(flops: float) -> str:
 def seconds(value: float) -> str:
     """Seconds for people.
 
-    >>> seconds(12.345), seconds(0.0123), seconds(0.0000123)
-    ('12.3 s', '12.3 ms', '12.3 µs')
+    >>> seconds(3045.6), seconds(12.345), seconds(0.0123), seconds(0.0000123)
+    ('3,046 s', '12.3 s', '12.3 ms', '12.3 µs')
     """
+    if value >= 100:
+        return f"{value:,.0f} s"
     for unit, factor in (("s", 1), ("ms", 1e3)):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"

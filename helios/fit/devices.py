@@ -85,9 +85,7 @@ def find(name: str) -> Device:
     plain = {known.replace("-", ""): device for known, device in table().items()}
     if (device := plain.get(wanted.replace("-", ""))) is not None:
         return device
-    raise InputError(
-        unknown_name("device", name, table()), fix="leave --device out for this machine"
-    )
+    raise InputError(unknown_name("device", name, table()), fix="leave --device out for this machine")
 
 
 def recognise(reported: str) -> Device | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import torch
+
 from helios.backend import ReferenceBackend
 from helios.errors import InputError
 from helios.fit.costs import (
@@ -24,6 +26,7 @@ from helios.model.vae import frames_of
 from helios.model.vae_split import Split, Tile, choose_split, peak_bytes
 
 __all__ = [
+    "MOMENTS",
     "Fit",
     "Part",
     "Repository",
@@ -39,8 +42,12 @@ __all__ = [
 
 SHARES = (0.40, 0.70)
 """Of a device's dense peak that whole denoising runs reach; the published Base run on an H100 is at 59 %."""
-VAE_SHARES = (0.20, 0.35)
-"""The same for the VAE's convolutions; a published decode of 665 ms on an A100 is at 33 %."""
+VAE_SHARES = (0.10, 0.18)
+"""The same for the VAE's convolutions in float32; a published decode of 1253 ms on an A100 is at 18 %."""
+VAE_DTYPE = torch.float32
+"""The VAE computes in it whatever the precision, as published."""
+VAE_ROOM = 0.5
+"""Of the memory that is left, what the VAE's activations may take before it is cut into groups."""
 RESERVE = 0.06
 """Of device memory, for the driver's context, library workspaces and fragmentation: an assumption."""
 HOST_BASE = 1_500_000_000
@@ -115,7 +122,7 @@ def count_work(setting: Setting) -> Work:
         prompt=phases["prompt"].held,
         chunk=phases["chunk"].held,
         activations=max(activation_bytes(graph) for graph in plan.steps.values()),
-        vae_weights=_count(vae_shapes(setting.size.vae)) * width,
+        vae_weights=_count(vae_shapes(setting.size.vae)) * VAE_DTYPE.itemsize,
         text_weights=text_parameters(text) * width,
         largest_weight=max(*weights.values(), text.vocab_size * text.d_model * width),
         frames=setting.batch * frames * setting.height * setting.width * 3,
@@ -159,10 +166,17 @@ def repository(setting: Setting) -> Repository:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """One line of a memory budget, in bytes."""
+    """One line of a memory budget, in bytes, at each of the three moments of ``MOMENTS``."""
 
     name: str
-    bytes: int
+    encode: int = 0
+    step: int = 0
+    decode: int = 0
+
+
+MOMENTS = ("encode", "step", "decode")
+"""When memory is fullest: while the prompt is encoded, in a step, while frames are decoded. The transformer is there
+all the time; the text encoder leaves once the prompt is encoded; the VAE stays from its first use."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -170,24 +184,34 @@ class Fit:
     """A setting in a given amount of device memory.
 
     Attributes:
-        parts: what lies on the device at its fullest moment.
-        total: their sum.
+        parts: what lies on the device, at each moment.
         usable: device memory less the reserve.
-        text_on_device: whether the text encoder stays there as well.
         split: how the VAE is cut, or ``None`` if it has no room.
-        host: what the host needs, by part.
+        host: what the host needs at its fullest, by part; nothing where device and host are one.
     """
 
     parts: tuple[Part, ...]
-    total: int
     usable: int
-    text_on_device: bool
     split: Split | None
-    host: tuple[Part, ...]
+    host: tuple[tuple[str, int], ...]
+
+    def at(self, moment: str) -> int:
+        """Bytes at a moment."""
+        return sum(getattr(part, moment) for part in self.parts)
+
+    @property
+    def total(self) -> int:
+        """Bytes at the fullest moment."""
+        return max(map(self.at, MOMENTS))
 
     @property
     def fits(self) -> bool:
         return self.split is not None and self.total <= self.usable
+
+    @property
+    def fits_without_text(self) -> bool:
+        """Whether it fits for someone who brings the prompt's embedding from elsewhere."""
+        return self.split is not None and max(self.at("step"), self.at("decode")) <= self.usable
 
     @property
     def short(self) -> int:
@@ -196,41 +220,42 @@ class Fit:
 
     @property
     def host_total(self) -> int:
-        return sum(part.bytes for part in self.host)
+        return sum(size for _, size in self.host)
 
 
 def fit_memory(work: Work, memory: int, *, shared: bool = False) -> Fit:
-    """Lay a setting out in memory: with the text encoder if there is room, else with it elsewhere.
+    """Lay a setting out in memory.
 
     Args:
         work: counted.
         memory: bytes of the device.
-        shared: device and host memory are one, so everything is on it, and nothing twice.
+        shared: device and host memory are one, so the process and the frames are on it as well.
     """
     usable = int(memory * (1 - RESERVE)) - (HOST_BASE + work.frames if shared else 0)
     prompts = 2 if work.setting.variant.guidance > 1 else 1
-    fixed = [
-        Part("transformer weights", work.weights),
-        Part(f"text keys and values, {'2 prompts' if prompts == 2 else '1 prompt'}", prompts * work.prompt),
-        Part("history of a chunk", work.chunk),
-        Part("VAE weights", work.vae_weights),
+    bound = prompts * work.prompt
+    parts = [
+        Part("transformer weights", work.weights, work.weights, work.weights),
+        Part("text encoder weights", encode=work.text_weights),
+        Part(f"text keys and values, {'2 prompts' if prompts == 2 else '1 prompt'}", step=bound, decode=bound),
+        Part("history of a chunk", step=work.chunk, decode=work.chunk),
+        Part("VAE weights", step=work.vae_weights, decode=work.vae_weights),
     ]
-    text = Part("text encoder weights", work.text_weights)
-    with_text = _laid_out(work, [*fixed, text], usable)
-    chosen = with_text if shared or with_text.fits else _laid_out(work, fixed, usable)
-    on_device = chosen is with_text
-    host = [] if shared else _host_parts(work, on_device)
-    return dataclasses.replace(chosen, text_on_device=on_device, host=tuple(host))
+    room = usable - sum(part.decode for part in parts)
+    split = _vae_split(work.setting, int(VAE_ROOM * max(0, room)))
+    parts.append(Part("activations", step=work.activations, decode=_vae_peak(work, split)))
+    host = () if shared else _host_parts(work)
+    return Fit(tuple(parts), usable, split, host)
 
 
-def _laid_out(work: Work, parts: list[Part], usable: int) -> Fit:
-    """The parts, and then the larger of a step's activations and the VAE's: they are never there together."""
-    room = usable - sum(part.bytes for part in parts)
-    split = _vae_split(work.setting, max(0, room))
-    peak = _vae_peak(work, split)
-    name = "activations of a VAE decode" if peak > work.activations else "activations of a step"
-    parts = [*parts, Part(name, max(peak, work.activations))]
-    return Fit(tuple(parts), sum(part.bytes for part in parts), usable, False, split, ())
+def _host_parts(work: Work) -> tuple[tuple[str, int], ...]:
+    """The text encoder is read whole before it moves; the other networks pass tensor by tensor."""
+    passing = max(work.text_weights, work.largest_weight)
+    return (
+        ("process", HOST_BASE),
+        ("text encoder on its way to the device", passing),
+        ("frames of a chunk", work.frames),
+    )
 
 
 def _vae_split(setting: Setting, room: int) -> Split | None:
@@ -240,7 +265,7 @@ def _vae_split(setting: Setting, room: int) -> Split | None:
             latents=LATENT_FRAMES,
             height=setting.height,
             width=setting.width,
-            dtype=setting.dtype,
+            dtype=VAE_DTYPE,
             budget_bytes=room,
             batch=setting.batch,
         )
@@ -260,18 +285,11 @@ def _vae_peak(work: Work, split: Split | None) -> int:
         latents=min(split.group, LATENT_FRAMES),
         height=height,
         width=width,
-        dtype=setting.dtype,
+        dtype=VAE_DTYPE,
         batch=setting.batch,
         first=whole,
         caches=not whole,
     )
-
-
-def _host_parts(work: Work, text_on_device: bool) -> list[Part]:
-    text = Part("largest weight on its way to the device", work.largest_weight)
-    if not text_on_device:
-        text = Part("text encoder weights", work.text_weights)
-    return [Part("process", HOST_BASE), text, Part("frames of a chunk", work.frames)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
