@@ -210,9 +210,10 @@ def _statistics(laps: list[float], flops: int) -> dict[str, Any]:
 def _print(report: dict[str, Any]) -> None:
     m = report["machine"]
     output.line(
-        f"{m['backend']} on {m['device']}; {m['cpu']}, {m['cores']:g} cores, {m['threads']} threads; {m['system']}"
+        f"Backend {m['backend']} on {m['device']}; host: {m['cpu']}, {m['cores']:g} cores usable, {m['system']}"
     )
-    output.line(f"Python {m['python']}, torch {m['torch']}, helios-hal {m['helios']}")
+    versions = f"Python {m['python']}, torch {m['torch']}, helios-hal {m['helios']}"
+    output.line(f"{versions}; {output.count(m['threads'], 'torch thread')}")
     sizes = f"{report['size']}, {report['variant']}, {report['height']}×{report['width']}, {m['precision']}"
     output.line(f"Helios {sizes}; {report['weights']}")
     if report["fallback_nodes"]:

@@ -159,9 +159,7 @@ def _print_memory(target: Target, memory: Fit) -> None:
     verdict = "fits" if memory.fits else f"does NOT fit: {output.gigabytes(memory.short)} are missing"
     output.line(f"{verdict}; {output.gigabytes(memory.usable)} can be used of {output.gigabytes(target.memory)}")
     if memory.fits_without_text and not memory.fits:
-        output.line(
-            "It is the text encoder that has no room: in Python, prompt_embeds made elsewhere stand for a text."
-        )
+        output.line("Only the text encoder has no room: in Python, prompt_embeds made elsewhere stand for a text.")
     if memory.split is not None and memory.split.tile is not None:
         tile = memory.split.tile.size
         output.line(f"The VAE has room for tiles of {tile}×{tile} pixels only; their seams are blended, not exact.")

@@ -42,8 +42,8 @@ def ops(
         output.print_json({"opset": OPSET, "ops": [describe(record) for record in records]})
         return
     output.line(f"Opset {OPSET}: {output.count(len(records), 'op')}")
-    rows = [(r.name, r.kind, r.dims, ", ".join(r.attrs), summary(r)) for r in records]
-    output.table(["op", "kind", "dimensions", "attributes", "meaning"], rows)
+    rows = [(r.name, r.kind, f"{_schema(r)}\n{summary(r)}") for r in records]
+    output.table(["op", "kind", "dimensions {attributes}, meaning"], rows)
     output.note("kinds: " + "; ".join(f"{kind}: {text}" for kind, text in KINDS.items()) + ". More: helios ops NAME")
 
 
@@ -66,6 +66,10 @@ def summary(record: Op[Any, Any]) -> str:
     """The first sentence of the docstring, on one line, without its marks."""
     paragraph = inspect.cleandoc(record.fn.__doc__ or "").split("\n\n")[0]
     return " ".join(paragraph.split()).replace("``", "")
+
+
+def _schema(record: Op[Any, Any]) -> str:
+    return record.dims + (f" {{{', '.join(record.attrs)}}}" if record.attrs else "")
 
 
 def _default(value: Any) -> str | None:
