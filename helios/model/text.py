@@ -7,10 +7,12 @@ number of tokens, and set the embeddings behind its end to zero, because the net
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import html
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,10 +116,11 @@ class Umt5Text:
             from transformers import AutoTokenizer, UMT5EncoderModel
 
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
-                encoder = UMT5EncoderModel.from_pretrained(
-                    self.folder / "text_encoder", dtype=self.dtype, local_files_only=True, use_safetensors=True
-                )
+                with _no_bars():
+                    tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+                    encoder = UMT5EncoderModel.from_pretrained(
+                        self.folder / "text_encoder", dtype=self.dtype, local_files_only=True, use_safetensors=True
+                    )
             except (OSError, ValueError, KeyError, RuntimeError) as error:
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise CheckpointError(
@@ -131,6 +134,20 @@ class Umt5Text:
                 )
             self._loaded = tokenizer, encoder.eval().requires_grad_(False).to(self.device)
         return self._loaded
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' progress bars, which know nothing of the program around them."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class StandInText:

@@ -17,14 +17,19 @@ import torch
 from torch import Tensor
 
 import helios
+from helios.model.config import VaeConfig
+from helios.model.presets import SIZES
 from helios.pipeline import Result
 
 # diffusers hands torch tensors to np.linspace, which numpy has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 
 STEPS = {"base": (3,), "mid": (2, 3, 2), "distilled": (2, 1, 2)}
-SIZE = {"height": 64, "width": 128}
+SIZES_OF = {"base": (48, 80), "mid": (64, 128), "distilled": (128, 64)}
 PROMPT, NEGATIVE = "a cat walks through wet grass at night", "blurry &amp; grey"
+# The VAE of `tiny` normalises three channels. Where all three are near zero the result has any direction, so that
+# frames of latents 1e-6 apart can differ visibly, and so do diffusers' own, decoded alone or in a batch.
+WIDER = VaeConfig(base_dim=8, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
 LATENTS, FRAMES = 1e-4, 50.0  # relative error of latents; PSNR of frames in dB
 
 
@@ -43,7 +48,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -> A
     @functools.cache
     def folder(variant: str) -> Path:
         out = root / variant
-        make_checkpoint.write_checkpoint(out, size_name="tiny", variant_name=variant, seed=3, dtype=torch.float32)
+        with mock.patch.dict(SIZES, {"wider": dataclasses.replace(SIZES["tiny"], vae=WIDER)}):
+            make_checkpoint.write_checkpoint(out, size_name="wider", variant_name=variant, seed=3, dtype=torch.float32)
         return out
 
     return folder
@@ -57,9 +63,11 @@ def regular_cholesky(added: float) -> Iterator[None]:
 
     def factor(matrix: Tensor, **kwargs: Any) -> Tensor:
         if matrix.shape != (4, 4):
-            return original(matrix, **kwargs)
+            other: Tensor = original(matrix, **kwargs)
+            return other
         ones, eye = torch.ones(4, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
-        return original(eye * (4 / 3 + added) - ones / 3).to(matrix.dtype)
+        exact: Tensor = original(eye * (4 / 3 + added) - ones / 3)
+        return exact.to(matrix.dtype)
 
     with mock.patch.object(torch.linalg, "cholesky", factor):
         yield
@@ -120,8 +128,9 @@ def arguments(variant: str, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
     from PIL import Image
 
     guidance = 1.0 if variant == "distilled" else 5.0
-    theirs: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": 24, "guidance_scale": guidance, **SIZE}
-    ours: dict[str, Any] = {"max_sequence_length": 24, "rng": "diffusers", "seed": 5, "guidance": guidance, **SIZE}
+    size = dict(zip(("height", "width"), SIZES_OF[variant], strict=True))
+    theirs: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": 24, "guidance_scale": guidance, **size}
+    ours: dict[str, Any] = {"max_sequence_length": 24, "rng": "diffusers", "seed": 5, "guidance": guidance, **size}
     if guidance > 1:
         theirs["negative_prompt"] = ours["negative_prompt"] = NEGATIVE
     steps = STEPS[variant]
@@ -147,5 +156,70 @@ def test_three_chunks(variant: str, kind: str, folders: Any) -> None:
     assert not pipeline.random_weights
     result = pipeline.generate(PROMPT, chunks=3, **ours)
     assert_same(result, reference)
-    assert result.frames.shape == (1, 97, 64, 128, 3)
+    assert result.frames.shape == (1, 97, *SIZES_OF[variant], 3)
     assert result.returned.startswith("97 frames")
+
+
+def test_the_comparison_sees_another_seed(folders: Any) -> None:
+    theirs, ours = arguments("distilled", "text")
+    reference = published(their_pipeline(folders("distilled")), 1, **theirs)
+    pipeline = helios.load(folders("distilled"), backend="reference")
+    assert_same(pipeline.generate(PROMPT, chunks=1, **ours), reference)
+    with pytest.raises(AssertionError, match="latents differ"):
+        assert_same(pipeline.generate(PROMPT, chunks=1, **(ours | {"seed": 6})), reference)
+    with pytest.raises(AssertionError, match="latents differ"):
+        assert_same(pipeline.generate(PROMPT, chunks=1, **ours, shift_from="after_upsampling"), reference)
+
+
+# Arguments beyond the usual: name -> variant, theirs, ours.
+EXTRAS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "anchor from the second chunk": ("distilled", {"is_skip_first_chunk": True}, {"skip_first_chunk": True}),
+    "other history": ("base", {"history_sizes": [1, 8, 3]}, {"history_sizes": (1, 8, 3)}),
+    "given noise levels": ("base", {"sigmas": np.array([0.9, 0.5, 0.2])}, {"sigmas": [0.9, 0.5, 0.2]}),
+    "more silent steps": ("mid", {"zero_steps": 2}, {"zero_steps": 2}),
+    "no silent steps": ("mid", {"use_zero_init": False}, {"zero_init": False}),
+    "guided distilled": ("distilled", {"guidance_scale": 3.0}, {"guidance": 3.0}),
+    "long embedding": ("distilled", {"max_sequence_length": 512}, {"max_sequence_length": 512}),
+    "cut prompt": ("distilled", {"max_sequence_length": 5}, {"max_sequence_length": 5}),
+    "other noise on the image": (
+        "distilled",
+        {"image_noise_sigma_min": 0.3, "image_noise_sigma_max": 0.4, "video_noise_sigma_max": 0.2},
+        {"image_sigma": (0.3, 0.4), "video_sigma": (0.111, 0.2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_other_arguments(name: str, folders: Any) -> None:
+    variant, more_theirs, more_ours = EXTRAS[name]
+    theirs, ours = arguments(variant, "image" if "image" in name else "text")
+    small = {"height": 64, "width": 64} if variant == "distilled" else {}
+    chunks = 3 if "chunk" in name else 2
+    reference = published(their_pipeline(folders(variant)), chunks, **(theirs | more_theirs | small))
+    pipeline = helios.load(folders(variant), backend="reference")
+    result = pipeline.generate(PROMPT, chunks=chunks, **(ours | more_ours | small))
+    assert_same(result, reference)
+
+
+@pytest.mark.parametrize("variant", ["base", "mid"])
+def test_a_batch_of_prompts(variant: str, folders: Any) -> None:
+    prompts = [PROMPT, "a red boat on the sea"]
+    theirs, ours = arguments(variant, "text")
+    if "negative_prompt" in theirs:
+        theirs["negative_prompt"] = [NEGATIVE, NEGATIVE]
+    reference = published(their_pipeline(folders(variant)), 1, **(theirs | {"prompt": prompts}))
+    result = helios.load(folders(variant), backend="reference").generate(prompts, chunks=1, **ours)
+    assert_same(result, reference)
+    assert relative(result.latents[0], result.latents[1]) > 0.1
+
+
+def test_bf16_is_as_near_to_float32_as_theirs(folders: Any) -> None:
+    """Rounding in other places is allowed, more of it is not."""
+    theirs, ours = arguments("distilled", "text")
+    exact = published(their_pipeline(folders("distilled")), 1, **theirs).latents
+    half = diffusers.DiffusionPipeline.from_pretrained(folders("distilled"), torch_dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    half.vae.to(torch.float32)
+    error = relative(published(half, 1, **theirs).latents, exact)
+    pipeline = helios.load(folders("distilled"), backend="reference", precision="bf16")
+    assert relative(pipeline.generate(PROMPT, chunks=1, **ours).latents, exact) <= 1.5 * error
