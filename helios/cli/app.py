@@ -63,8 +63,8 @@ app.command("bench", rich_help_panel=CERTIFY, epilog=bench.EXAMPLES)(bench.bench
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code.
 
-    2 for a mistake of the user's, told in a line with its fix and no traceback; 130 after Ctrl-C; 141 where the reader
-    of a pipe went away. Any other exception is a defect and keeps its traceback.
+    2 for a mistake of the user's, told in a line with its fix and no traceback; 130 after Ctrl-C; 1 where the reader of
+    a pipe went away. Any other exception is a defect and keeps its traceback.
     """
     command = typer.main.get_command(app)
     try:
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
-        return 141
+        return 1
     except Exception as error:
         if not _is_mistake(error):
             raise

@@ -30,7 +30,7 @@ def backends(json: JsonOption = False) -> None:
         if not backend["available"]:
             output.line(f"\n{backend['name']}: {backend['why']}")
             if backend["fix"]:
-                output.line(f"  fix: {backend['fix']}")
+                output.fix(backend["fix"], "  ")
     _say_choice(auto, variable)
 
 

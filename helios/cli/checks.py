@@ -95,27 +95,32 @@ def shadows() -> Iterator[Finding]:
         why = f"the distribution {name!r} also installs a package named helios: its files may overwrite ours"
         fix = f"pip uninstall -y {name}; pip install --force-reinstall --no-deps {DISTRIBUTION}"
         yield Finding("Python", "problem", why, fix)
-    for place in _other_homes():
-        why = f"{place} is another package named helios: Python started there, or with it on its path, imports that one"
-        yield Finding("Python", "problem", why, "run `helios` from another folder, or take that one off PYTHONPATH")
+    for place, on_path in _other_homes():
+        if on_path:
+            why = f"{place} is another package named helios on Python's path: the order decides which is imported"
+            yield Finding("Python", "problem", why, f"take {place.parent} off PYTHONPATH, or uninstall that package")
+        else:
+            why = f"{place} is another package named helios: a Python started in this folder imports that one"
+            yield Finding("Python", "note", why, "start Python, and `python -m helios`, in another folder")
 
 
 def _home() -> Path:
     return Path(helios.__file__).resolve().parent
 
 
-def _other_homes() -> Iterator[Path]:
-    """Packages or modules ``helios`` in the working directory and on the path, ours excepted."""
+def _other_homes() -> Iterator[tuple[Path, bool]]:
+    """Packages or modules ``helios`` on the path, ours excepted; then in the working directory, with False."""
     seen = {_home()}
-    for folder in dict.fromkeys([os.getcwd(), *sys.path]):
-        spec = importlib.machinery.PathFinder.find_spec("helios", [folder or os.getcwd()])
+    path = dict.fromkeys(folder for folder in sys.path if folder)
+    for folder in [*path, os.getcwd()]:
+        spec = importlib.machinery.PathFinder.find_spec("helios", [folder])
         if spec is None or spec.origin is None:
             continue
         origin = Path(spec.origin).resolve()
         place = origin.parent if origin.name.startswith("__init__.") else origin
         if place not in seen:
             seen.add(place)
-            yield place
+            yield place, folder in path
 
 
 def torch() -> Iterator[Finding]:

@@ -51,7 +51,7 @@ def _print(findings: list[Finding], backends: list[dict[str, Any]], able: bool) 
             output.heading(topic)
         output.line(f"{_mark(finding.state)} {finding.text}", STYLES[finding.state] if finding.state != "ok" else None)
         if finding.fix:
-            output.line(f"     fix: {finding.fix}")
+            output.fix(finding.fix, "     ")
     problems = sum(finding.state == "problem" for finding in findings)
     best = next((b["name"] for b in backends if b["available"] and b["chosen"]), "")
     output.line()

@@ -243,7 +243,7 @@ def _print_flags(flags: list[str], memory: Fit, target: Target) -> None:
 
     output.heading("Suggested")
     if flags:
-        output.line(f'helios generate "…" {" ".join(flags)}')
+        output.command(["helios", "generate", '"…"', *flags])
         return
     wanted = target.memory + memory.short
     room = sorted((d for d in table().values() if d.memory > wanted), key=lambda d: (d.memory, d.name))

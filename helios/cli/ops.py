@@ -9,6 +9,7 @@ import typer
 
 from helios.cli import output
 from helios.cli.options import JsonOption
+from helios.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     from helios.op import Op
@@ -34,6 +35,8 @@ def ops(
     from helios.ops import OPSET
 
     if name is not None:
+        if name not in op.names():
+            raise InputError(unknown_name("op", name, op.names()), fix="`helios ops` lists them with their meaning")
         record = op.get(name)
         output.print_json(describe(record) | {"opset": OPSET}) if json else _explain(record)
         return

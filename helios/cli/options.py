@@ -61,7 +61,9 @@ FallbackOption = Annotated[
 ]
 StepsOption = Annotated[
     str | None,
-    typer.Option(metavar="N[,N,N]", help="Solver steps, one number a pyramid stage.", show_default="the variant's"),
+    typer.Option(
+        metavar="N[,N,N]", help="Solver steps, one number or one a pyramid stage.", show_default="the variant's"
+    ),
 ]
 
 

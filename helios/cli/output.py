@@ -12,7 +12,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["count", "fail", "gigabytes", "heading", "line", "note", "print_json", "seconds", "table", "teraflops"]
+__all__ = [
+    "command",
+    "count",
+    "fail",
+    "fix",
+    "gigabytes",
+    "heading",
+    "line",
+    "note",
+    "print_json",
+    "seconds",
+    "table",
+    "teraflops",
+]
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -35,6 +48,21 @@ def heading(text: str) -> None:
 def note(text: str) -> None:
     """What qualifies the figures above it."""
     line(text, "dim")
+
+
+def fix(text: str, indent: str = "") -> None:
+    """What to do next, on one line however long: a command that is broken in two cannot be pasted."""
+    _console().print(Text(f"{indent}fix: {text}"), soft_wrap=True)
+
+
+def command(words: Sequence[str]) -> None:
+    """A command to paste, continued with backslashes where the terminal ends."""
+    width, lines = _console().width - 2, [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    _console().print(Text(" \\\n".join(lines)), soft_wrap=True)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()) -> None:

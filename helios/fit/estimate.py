@@ -55,20 +55,20 @@ HOST_BASE = 1_500_000_000
 
 
 def parse_steps(text: str | None, variant: Variant) -> tuple[int, ...]:
-    """Solver steps by stage, from ``--steps 1,1,1``; the variant's own where nothing is given.
+    """Solver steps by stage, from ``--steps 1,1,1``; one number serves every stage; nothing is the variant's own.
 
     Raises:
-        InputError: not whole numbers from 1, or not one a stage.
+        InputError: not whole numbers from 1, or neither one nor one a stage.
     """
     if text is None:
         return variant.steps
     parts = [part.strip() for part in text.split(",")]
     stages = variant.scheduler.stages
-    if not all(part.isdigit() and int(part) for part in parts) or len(parts) != stages:
+    if not all(part.isdigit() and int(part) for part in parts) or len(parts) not in (1, stages):
         example = ",".join(map(str, variant.steps))
-        wanted = f"{stages} numbers ≥ 1, one a pyramid stage" if stages > 1 else "one number ≥ 1"
+        wanted = f"one number ≥ 1, or {stages}, one a pyramid stage" if stages > 1 else "one number ≥ 1"
         raise InputError(f"--steps {text}: variant {variant.name!r} takes {wanted}", fix=f"--steps {example}")
-    return tuple(map(int, parts))
+    return tuple(map(int, parts)) * (1 if len(parts) == stages else stages)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,134 @@
+"""``helios fit``: what it prints for devices, for this machine, and for settings that do not fit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from helios.backend import Backend, DeviceInfo
+from helios.cli import main
+from helios.fit.host import Host
+
+HOST = Host("Linux", "CPU", 2, 2, 16 * 10**9, 10 * 10**9, 9 * 10**9, "/cache", 30 * 10**9)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["fit", *arguments]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def loaded(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main(["fit", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_device_that_is_large_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, "--device", "h100", "--steps", "1,1,1")
+    assert "fits; " in out
+    assert "Speed: a prediction, not a measurement" in out
+    assert "Published for this device and these steps: 19.5 frames a second" in out
+    assert "--variant distilled --height 384 --width 640 --backend cuda --precision bf16 --steps 1,1,1" in out
+    assert "data sheet: NVIDIA H100" in out
+    assert "Computed from parameter counts" in out
+
+
+def test_a_device_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, "--device", "rtx4090")
+    assert "does NOT fit" in out
+    assert "if it did fit" in out
+    assert "helios generate" not in out
+    assert "have enough" in out
+
+
+def test_the_suggested_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each flag, as far as it is shared, is one of this command's own."""
+    flags = loaded(capsys, "--device", "h100")["flags"]
+    assert flags[:2] == ["--model", "PATH_OR_REPO"]
+    assert loaded(capsys, "--device", "h100", "--size", "mini")["flags"][:2] == ["--size", "mini"]
+
+
+def test_json_holds_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    data = loaded(capsys, "--device", "h200", "--variant", "base", "--steps", "30")
+    assert data["label"] == "prediction"
+    assert data["fits"] is True
+    assert data["steps"] == [30]
+    assert data["speed"]["forwards"] == 60
+    assert data["speed"]["fps"][0] < data["speed"]["fps"][1]
+    assert set(data["memory"]["moments"]) == {"encode", "step", "decode"}
+    assert data["download"]["total"] == sum(data["download"][name] for name in ("transformer", "text", "vae"))
+
+
+def test_fp32_is_not_predicted_from_a_bf16_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    assert loaded(capsys, "--device", "h100", "--precision", "fp32")["speed"] is None
+    assert "no fp32 peak of it is known" in printed(capsys, "--device", "h100", "--precision", "fp32")
+
+
+def test_the_host_s_cgroup_and_disk_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helios.fit.host.read_host", lambda: HOST)
+    out = printed(capsys, "--device", "h100")
+    assert "NOT enough: this host has 16.00 GB, its cgroup allows 10.00 GB, 9.00 GB available now" in out
+    assert "NOT enough: 30.00 GB are free here, in /cache" in out
+
+
+def test_this_machine_is_its_host_where_it_has_no_accelerator(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HELIOS_BACKEND", "reference")
+    monkeypatch.setattr("helios.fit.host.read_host", lambda: HOST)
+    monkeypatch.setattr("helios.fit.measure.matrix_rate", lambda dtype: 4e11)
+    data = loaded(capsys, "--size", "mini")
+    assert data["target"]["memory"] == HOST.memory_limit
+    assert data["target"]["peak"] == 4e11
+    assert data["target"]["shared"] is True
+    assert "measured now" in data["target"]["source"]
+    assert data["flags"][-3:] == ["bf16", "--steps", "2,2,2"]
+
+
+class Card(Backend):
+    """A device with memory of its own, which the table knows by its name, or does not."""
+
+    name = "card"
+    reported = "NVIDIA H100 80GB HBM3"
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        return [DeviceInfo(0, self.reported, 70 * 10**9)]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def test_this_machine_s_device_is_found_in_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helios.backend.select", lambda spec=None: Card())
+    target = loaded(capsys)["target"]
+    assert (target["title"], target["backend"]) == ("NVIDIA H100 80GB HBM3", "card")
+    assert target["memory"] == 70 * 10**9
+    assert target["peak"] == 989e12
+
+
+def test_an_unknown_device_here_is_measured_by_memory_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helios.backend.select", lambda spec=None: Card())
+    monkeypatch.setattr(Card, "reported", "Brand New Thing")
+    data = loaded(capsys)
+    assert data["speed"] is None
+    assert data["fits"] is True
+    assert "Not predicted: its peak is not known" in printed(capsys)
+
+
+def test_a_wrong_device_is_told_before_torch_is_imported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "helios.fit.estimate", None)
+    assert main(["fit", "--device", "abacus"]) == 2
+    assert "unknown device 'abacus'" in capsys.readouterr().err
