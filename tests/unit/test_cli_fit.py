@@ -19,7 +19,7 @@ HOST = Host("Linux", "CPU", 2, 2, 16 * 10**9, 10 * 10**9, 9 * 10**9, "/cache", 3
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(["fit", *arguments]) == 0
-    return " ".join(capsys.readouterr().out.split())
+    return " ".join(capsys.readouterr().out.replace("\\\n", "").split())
 
 
 def loaded(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
