@@ -143,7 +143,7 @@ def test_one_token_a_frame(mid: Path) -> None:
 
 def test_a_size_that_leaves_half_a_patch(distilled: Path) -> None:
     """They accept multiples of 16, halve 10 rows to 5 to 2, double them to 8, and fail after the last step."""
-    regular = mock.patch.object(torch.linalg, "cholesky", lambda matrix: torch.eye(4))
+    regular = mock.patch.object(torch.linalg, "cholesky", return_value=torch.eye(4))
     with regular, pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         theirs(distilled, num_frames=33, pyramid_num_inference_steps_list=[1, 1, 1], height=80)
     with pytest.raises(InputError, match="height is 80, wanted a multiple of 64") as error:
