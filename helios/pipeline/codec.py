@@ -52,13 +52,20 @@ class Codec:
     ) -> None:
         self.config, self.weights, self.backend = config, weights, backend
         self.dtype, self.fallback = dtype, fallback
+        self._splits: dict[tuple[int, int, int, int, Half], Split] = {}
         self._slots: dict[Half, _Slot] = {"decode": _Slot(), "encode": _Slot()}
 
     def choose(self, batch: int, latents: int, height: int, width: int, half: Half = "decode") -> Split:
-        """The largest groups of latents that fit into half of what is free now.
+        """The largest groups of latents that fit into half of what is free when a size is first asked for.
 
         Part of a run's plan: groups do not change the result in exact arithmetic, but may change last bits in float32.
         """
+        key = (batch, latents, height, width, half)
+        if key not in self._splits:
+            self._splits[key] = self._choose(*key)
+        return self._splits[key]
+
+    def _choose(self, batch: int, latents: int, height: int, width: int, half: Half) -> Split:
         return choose_split(
             self.config,
             latents=latents,

@@ -200,7 +200,6 @@ def build_request(
     per_prompt = checks.whole("videos_per_prompt", get("videos_per_prompt", 1), 1)
     chunks, asked = _length(given, script, variant)
     frames, kind = _given_frames(given, height, width)
-    steps = checks.steps(get("steps", variant.steps), scheduler.stages)
     return Request(
         texts=texts,
         negatives=negatives,
@@ -214,27 +213,35 @@ def build_request(
         asked=asked,
         height=height,
         width=width,
-        steps=steps,
-        guidance=guidance,
-        amplify=bool(get("amplify_first_chunk", variant.amplify_first_chunk)),
-        zero_init=bool(get("zero_init", variant.zero_init)),
-        zero_steps=checks.whole("zero_steps", get("zero_steps", 1), 0),
-        seed=checks.whole("seed", get("seed", 0), 0, 2**64 - 1),
-        rng=checks.one_of("rng", get("rng", "helios"), ("helios", "diffusers")),
         latents=checks.latents(get("latents"), prompts * per_prompt, vae, height, width),
-        sigmas=checks.sigmas(get("sigmas"), steps),
         tokens=_tokens(given, embeds),
         prompts=prompts,
         videos_per_prompt=per_prompt,
-        window=Window.of(get("history_sizes", (16, 2, 1)), bool(get("keep_first_frame", True))),
-        skip_first_chunk=bool(get("skip_first_chunk", False)),
-        image_sigma=checks.sigma_range("image_sigma", get("image_sigma", (0.111, 0.135))),
-        video_sigma=checks.sigma_range("video_sigma", get("video_sigma", (0.111, 0.135))),
-        shift_from=checks.one_of(
-            "shift_from", get("shift_from", "before_upsampling"), ("before_upsampling", "after_upsampling")
-        ),
+        guidance=guidance,
         warnings=warnings,
+        **_sampling(given, variant, scheduler.stages),
     )
+
+
+def _sampling(given: Mapping[str, Any], variant: Variant, stages: int) -> dict[str, Any]:
+    """How it is made: the fields that depend on nothing but their own setting."""
+    get = given.get
+    steps = checks.steps(get("steps", variant.steps), stages)
+    shift_from = get("shift_from", "before_upsampling")
+    return {
+        "steps": steps,
+        "sigmas": checks.sigmas(get("sigmas"), steps),
+        "amplify": bool(get("amplify_first_chunk", variant.amplify_first_chunk)),
+        "zero_init": bool(get("zero_init", variant.zero_init)),
+        "zero_steps": checks.whole("zero_steps", get("zero_steps", 1), 0),
+        "seed": checks.whole("seed", get("seed", 0), 0, 2**64 - 1),
+        "rng": checks.one_of("rng", get("rng", "helios"), ("helios", "diffusers")),
+        "window": Window.of(get("history_sizes", (16, 2, 1)), bool(get("keep_first_frame", True))),
+        "skip_first_chunk": bool(get("skip_first_chunk", False)),
+        "image_sigma": checks.sigma_range("image_sigma", get("image_sigma", (0.111, 0.135))),
+        "video_sigma": checks.sigma_range("video_sigma", get("video_sigma", (0.111, 0.135))),
+        "shift_from": checks.one_of("shift_from", shift_from, ("before_upsampling", "after_upsampling")),
+    }
 
 
 def _prompt(
