@@ -72,6 +72,7 @@ def read_video(
     Raises:
         InputError: missing, a folder, empty, unreadable, not a video, no frames, too few, or damaged (the message
             names the frame: what was decoded before it is not used, since nobody asked for a shorter video).
+            Matroska, WebM and transport streams have no list of their frames: cut off, they are shorter videos.
     """
     require_size(height, width, fit)
     if max_frames is not None and max_frames < max(min_frames, 1):
@@ -109,7 +110,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def exact_conversion() -> int:
-    """Flags under which swscale rounds colours. Its default truncates: 1.0 to 1.4 of 255 levels darker each way."""
+    """Flags under which swscale rounds colours; its default truncates, and RGB comes out about one level darker."""
     from av.video.reformatter import Interpolation as Flag
 
     return int(Flag.BICUBIC | Flag.ACCURATE_RND | Flag.FULL_CHR_H_INT | Flag.FULL_CHR_H_INP | Flag.BITEXACT)

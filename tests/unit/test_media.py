@@ -260,6 +260,15 @@ def test_any_size_becomes_any_size(h: int, w: int, height: int, width: int, fit:
     assert (out.double() - value[:1, :1, :1].double()).abs().max() <= (1e-6 if floating else 0)
 
 
+def test_floats_stay_in_range_when_lanczos_rings() -> None:
+    edge = torch.zeros(1, 8, 8, 3)
+    edge[:, :, 4:] = 1.0
+    resized = media.as_frames(edge, height=24, width=24)
+    assert (resized.min().item(), resized.max().item()) == (0.0, 1.0)
+    bytes_resized = media.as_frames((edge * 255).to(torch.uint8), height=24, width=24)
+    assert (resized * 255 - bytes_resized).abs().max() <= 1.0
+
+
 def test_crop_keeps_the_middle_and_its_shape() -> None:
     wide = torch.zeros(1, 10, 40, 3, dtype=torch.uint8)
     wide[:, :, 15:25] = 255  # a white square in the middle, black at both sides
@@ -395,6 +404,19 @@ def test_crop_knows_pixels_that_are_not_square(tmp_path: Path) -> None:
     assert media.read_video(path, height=16, width=32, fit="crop").min() == 0
 
 
+def test_crop_knows_such_pixels_in_a_turned_video(tmp_path: Path) -> None:
+    frames = torch.zeros(1, 20, 40, 3, dtype=torch.uint8)
+    frames[:, :, 12:28] = 255
+
+    def turned(stream: Any) -> None:
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+        stream.set_display_matrix([0, ONE, 0, -ONE, 0, 0, 0, 0, 1 << 30])
+
+    path = raw_video(tmp_path / "v.mp4", frames, turned)
+    assert media.read_video(path, height=16, width=16, fit="crop").min() == 255
+    assert media.read_video(path, height=32, width=16, fit="crop").min() == 0
+
+
 def test_alpha_of_a_video_lies_over_black(tmp_path: Path) -> None:
     rgba = np.zeros((16, 16, 4), np.uint8)
     rgba[..., 1], rgba[..., 3] = 200, 128
@@ -473,6 +495,21 @@ def test_a_truncated_video_names_the_frame(tmp_path: Path) -> None:
         read_back(cut)
 
 
+def test_half_a_frame_is_not_a_frame(tmp_path: Path) -> None:
+    """A decoder that shows what it has of a picture, such as that of JPEG, must not hide that the rest is gone."""
+    path = tmp_path / "v.mov"
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("mjpeg", rate=24)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuvj420p"
+        for frame in moving(3).numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes()[:-60])
+    assert media.read_video(path, height=8, width=8, max_frames=2).shape[0] == 2
+    with pytest.raises(InputError, match="frame 3 of 3 is damaged"):
+        media.read_video(path, height=8, width=8, max_frames=3)
+
+
 def test_a_video_cut_before_its_index_says_so(tmp_path: Path) -> None:
     data = raw_video(tmp_path / "whole.mp4", moving(12)).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
@@ -495,22 +532,22 @@ def test_a_damaged_frame_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_what_is_written_comes_back_close(tmp_path: Path) -> None:
-    """PSNR over all values of 33 frames, measured: 42.1 dB, of which 51.6 dB are the conversion to yuv420p alone.
+    """PSNR over all values of 33 frames, measured: 44.6 dB; the conversion to yuv420p alone gives 51.6 dB.
 
-    The mean error, measured 0.2 levels, shows a colour conversion that truncates: that costs 1.2 levels each way.
+    The mean error, measured 0.15 levels, would show colours that are truncated or mean another matrix.
     """
     frames = moving(33, 64, 96, scale=2)
     path = media.SegmentWriter(tmp_path, size=(64, 96)).write(0, frames)
     back = media.read_video(path, height=64, width=96)
     assert back.shape == frames.shape
-    assert psnr(back, frames) >= 40.0
+    assert psnr(back, frames) >= 43.0
     assert abs((back.double() - frames.double()).mean().item()) < 0.5
 
 
 def test_a_wrong_picture_fails_that_bound() -> None:
     frames = moving(33, 64, 96, scale=2)
-    assert psnr(frames.roll(1, 0), frames) < 40.0
-    assert psnr((frames.int() - 3).clamp(0).to(torch.uint8), frames) < 40.0
+    assert psnr(frames.roll(1, 0), frames) < 43.0
+    assert psnr((frames.int() - 3).clamp(0).to(torch.uint8), frames) < 43.0
 
 
 def test_the_file_says_which_colours_it_means(run: tuple[media.SegmentWriter, list[Path]]) -> None:
@@ -528,6 +565,27 @@ def test_the_same_frames_give_the_same_bytes(run: tuple[media.SegmentWriter, lis
     media.join(reversed(again), tmp_path / "b.mp4")
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     assert other.write(0, moving(9, shift=1)).read_bytes() != run[1][0].read_bytes()
+
+
+ENCODE = """
+import hashlib, sys, torch
+from helios.media import SegmentWriter
+x = torch.arange(336).expand(192, 336) + torch.arange(192)[:, None]
+frames = torch.stack([torch.stack([x + 3 * t, 2 * x - t, x // 2 + 5 * t], -1) for t in range(9)]).remainder(256)
+path = SegmentWriter(sys.argv[1], size=(192, 336)).write(0, frames.to(torch.uint8))
+sys.stdout.write(hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+
+
+def test_the_bytes_do_not_depend_on_what_memory_held_before(tmp_path: Path) -> None:
+    """glibc fills fresh memory as MALLOC_PERTURB_ says: with x264's lookahead on, the value 1 changes the file."""
+    command = [sys.executable, "-c", ENCODE, str(tmp_path)]
+    runs = [
+        subprocess.run(command, env={**os.environ, "MALLOC_PERTURB_": fill}, check=True, capture_output=True, text=True)
+        for fill in ("0", "1")
+    ]
+    assert len(runs[0].stdout) == 64
+    assert runs[0].stdout == runs[1].stdout
 
 
 @pytest.mark.parametrize("size", [(33, 48), (32, 47), (0, 48)])
