@@ -555,6 +555,7 @@ def test_the_file_says_which_colours_it_means(run: tuple[media.SegmentWriter, li
         context = container.streams.video[0].codec_context
         assert (context.color_primaries, context.color_trc, context.colorspace, context.color_range) == (1, 1, 1, 1)
         assert (context.name, context.pix_fmt, context.has_b_frames) == ("h264", "yuv420p", False)
+    assert b" threads=1 " in packets(run[1][0])[0][2]  # x264 writes its settings into the first picture
 
 
 def test_the_same_frames_give_the_same_bytes(run: tuple[media.SegmentWriter, list[Path]], tmp_path: Path) -> None:
@@ -712,10 +713,16 @@ def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
 
 
+def lose_the_last_frame(path: Path) -> None:
+    media.SegmentWriter(path.parent, size=(HEIGHT, WIDTH)).write(1, moving(4))
+    path.write_bytes(path.read_bytes()[: -len(packets(path)[-1][2])])
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (damage, "missing or damaged"),
+        (lose_the_last_frame, "3 frames of 4"),
         (lambda path: path.write_bytes(b""), "missing or damaged"),
         (lambda path: path.write_bytes(b"not a video"), "missing or damaged"),
         (Path.unlink, "missing or damaged"),
