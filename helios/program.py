@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import itertools
 import time
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -270,7 +271,7 @@ class _Sequence:
 
     def __init__(self, graph: Graph, resolved: list[Resolved], device: torch.device) -> None:
         self.graph, self.device = graph, device
-        packed = [_packed(item) for item in resolved]
+        resolved, packed = _needed(graph, resolved)
         last = {}
         for at, (item, gone) in enumerate(zip(resolved, packed, strict=True)):
             for i, operand in enumerate(item.node.inputs):
@@ -329,6 +330,20 @@ def _prepare_and_run(call: _Call, operands: list[Any]) -> Any:
     return call.kernel.run(call.kernel.prepare(*packed, **call.attrs), *rest, **call.attrs)
 
 
+def _needed(graph: Graph, resolved: list[Resolved]) -> tuple[list[Resolved], list[frozenset[int]]]:
+    """The nodes that a run needs, and what each has packed: a view of a weight that only ``prepare`` saw is gone."""
+    used = {v.name for _, v in graph.outputs}
+    kept: list[tuple[Resolved, frozenset[int]]] = []
+    for item in reversed(resolved):
+        if any(v.name in used for v in item.node.outputs):
+            gone = _packed(item)
+            rest = (x for i, x in enumerate(item.node.inputs) if i not in gone)
+            used.update(v.name for v in operand_values(rest))
+            kept.append((item, gone))
+    kept.reverse()
+    return [item for item, _ in kept], [gone for _, gone in kept]
+
+
 def _packed(item: Resolved) -> frozenset[int]:
     """Positions of the operands that ``prepare`` consumes at load: its weights, if all of them are weights."""
     if item.kernel.prepare is None:
@@ -360,6 +375,8 @@ class _Loader:
         self._device = program.backend.device
         self._placed: dict[str, Tensor] = {}
         self._program = program
+        graphs = program.plan.graphs.values()
+        self._made = {v.name: n for g in graphs for n in g.nodes for v in n.outputs if v.rate == Rate.WEIGHTS}
         calls = [call for sequence in program._sequences.values() for call in sequence.calls]
         self.kept = {v.name for call in calls for v in operand_values(call.operands) if v.name in self._types}
         outputs = (v for sequence in program._sequences.values() for _, v in sequence.graph.outputs)
@@ -370,6 +387,8 @@ class _Loader:
     def get(self, name: str) -> Tensor:
         if name in self._program._weights:
             return self._program._weights[name]
+        if name in self._made:
+            return self._compute(name)
         if name not in self._placed:
             value = self._types[name]
             tensor = self._source.read(name)
@@ -377,6 +396,14 @@ class _Loader:
                 raise InputError(f"weight {name} has shape {list(tensor.shape)}, the graph takes {list(value.shape)}")
             self._placed[name] = tensor.to(self._device, value.dtype)
         return self._placed[name]
+
+    def _compute(self, name: str) -> Tensor:
+        """A view or cast of a weight, which no phase holds because each step would rather make it again."""
+        node = self._made[name]
+        with torch.no_grad():
+            result = op.get(node.op).fn(*(self.operand(x) for x in node.inputs), **node.attributes)
+        results = result if isinstance(result, tuple) else (result,)
+        return typing.cast(Tensor, results[[v.name for v in node.outputs].index(name)].to(self._device))
 
     def operand(self, operand: Operand) -> Any:
         if isinstance(operand, Value):
