@@ -117,7 +117,7 @@ def this_machine(host: Host, precision: str) -> Target:
     known = recognise(info.name)
     if backend.device.type == "cpu":
         rate = matrix_rate(dtype_of(precision))
-        source = "peak: a short matrix product, measured now"
+        source = "peak: a matrix product, measured now beside whatever else runs"
         title = f"this machine: {host.cpu}, {host.usable_cores:g} cores"
         return Target(title, backend.label, host.usable_memory, rate, 0.0, source, shared=True, here=True)
     if known is not None:
