@@ -129,12 +129,18 @@ class Op(Generic[P, R]):
         self._errors = errors
         self.operands, self.attrs = _schema(fn, dims)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    @typing.overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    @typing.overload
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # of values: a Value, or a tuple of them
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         operands, attrs = self._bind(args, kwargs)
         if any(isinstance(v, Value) for v in _flat(operands)) or (not self.operands and _graph._current.get()):
-            return typing.cast(R, self._record(operands, attrs))
+            return self._record(operands, attrs)
         self.check([_types(x) for x in operands])
-        return self.fn(*operands, **attrs)  # type: ignore[arg-type]
+        return self.fn(*operands, **attrs)
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
