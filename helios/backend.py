@@ -207,7 +207,8 @@ def load(name: str) -> type[Backend]:
         cls = points[0].load()
     except Exception as error:
         raise BackendUnavailable(
-            f"backend {name!r} fails on import: {type(error).__name__}: {error}", f"repair or uninstall {points[0].value}"
+            f"backend {name!r} fails on import: {type(error).__name__}: {error}",
+            f"repair or uninstall {points[0].value}",
         ) from error
     return _checked(name, cls)
 

@@ -277,7 +277,9 @@ def verify(graph: Graph) -> None:
         if known is None:
             raise GraphError(f"graph {graph.name}: {where} uses %{value.name} before it is defined")
         if known != value:
-            raise GraphError(f"graph {graph.name}: {where} takes %{value.name} for {value.type}, but it is {known.type}")
+            raise GraphError(
+                f"graph {graph.name}: {where} takes %{value.name} for {value.type}, but it is {known.type}"
+            )
 
     for value in graph.inputs:
         define(value)

@@ -45,7 +45,8 @@ def compile_kernels(plan: Plan, backend: Backend, *, fallback: str = "error") ->
     """A program that calls one kernel a node."""
     coverage = Coverage()
     resolved = {
-        name: [_resolve(node, backend, fallback, coverage) for node in graph.nodes] for name, graph in plan.graphs.items()
+        name: [_resolve(node, backend, fallback, coverage) for node in graph.nodes]
+        for name, graph in plan.graphs.items()
     }
     return KernelProgram(plan, backend, resolved, coverage)
 

@@ -226,7 +226,9 @@ def _schema(fn: Callable[..., Any], dims: str) -> tuple[tuple[_Operand, ...], di
         pattern = None if text == "..." else tuple(text.split())
         operands.append(_Operand(name, optional, many, pattern))
     if len(operands) != len(patterns):
-        raise OpError(f"{fn.__name__}: dims {dims!r} describes {len(patterns)} inputs, the signature has {len(operands)}")
+        raise OpError(
+            f"{fn.__name__}: dims {dims!r} describes {len(patterns)} inputs, the signature has {len(operands)}"
+        )
     return tuple(operands), attrs
 
 

@@ -197,9 +197,7 @@ class KernelProgram(Program):
     def run(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> dict[str, Tensor]:
         return self._sequence(entry).run(self._environment(entry, inputs, context), self._handles)
 
-    def profile(
-        self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY
-    ) -> list[tuple[Node, float]]:
+    def profile(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> list[tuple[Node, float]]:
         """Seconds of each node in one step, synchronised after every one."""
         clock = _Clock(self.backend)
         self._sequence(entry).run(self._environment(entry, inputs, context), self._handles, clock)
@@ -217,7 +215,9 @@ class KernelProgram(Program):
         environment = {**self._weights, **context.values, **self._checked(graph, inputs, Rate.STEP)}
         absent = [v.name for v in graph.inputs if v.name not in environment and v.name not in self._packed_only(entry)]
         if absent:
-            raise InputError(f"run({entry!r}) lacks {', '.join(absent[:5])}", fix="bind the prompt and chunk inputs first")
+            raise InputError(
+                f"run({entry!r}) lacks {', '.join(absent[:5])}", fix="bind the prompt and chunk inputs first"
+            )
         return environment
 
     def _packed_only(self, entry: str) -> frozenset[str]:
@@ -232,7 +232,9 @@ class KernelProgram(Program):
                 raise InputError(f"{graph.name} has no input {name!r}; it has {', '.join(sorted(declared))}")
             value = declared[name] if rate != Rate.STEP else next(v for v in graph.inputs if v.name == name)
             if tuple(tensor.shape) != value.shape:
-                raise InputError(f"input {name!r} has shape {list(tensor.shape)}, {graph.name} takes {list(value.shape)}")
+                raise InputError(
+                    f"input {name!r} has shape {list(tensor.shape)}, {graph.name} takes {list(value.shape)}"
+                )
             placed[name] = tensor.to(self.backend.device, value.dtype)
         return placed
 
@@ -286,7 +288,9 @@ class _Sequence:
         self.calls = [
             _call(item, gone, tuple(dead[at])) for at, (item, gone) in enumerate(zip(resolved, packed, strict=True))
         ]
-        used = {v.name for call in self.calls for v in operand_values(call.operands)} | {v.name for _, v in graph.outputs}
+        used = {v.name for call in self.calls for v in operand_values(call.operands)} | {
+            v.name for _, v in graph.outputs
+        }
         self.packed_only = frozenset(v.name for v in graph.inputs if v.name not in used)
 
     def run(self, env: dict[str, Any], handles: Mapping[Any, Any], clock: _Clock | None = None) -> dict[str, Tensor]:

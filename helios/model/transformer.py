@@ -166,7 +166,9 @@ class _Transformer:
 
     def forward(self) -> Value:
         cfg, shape = self.config, self.shape
-        sample = self.activation("sample", Rate.STEP, self.batch, cfg.in_channels, shape.frames, shape.height, shape.width)
+        sample = self.activation(
+            "sample", Rate.STEP, self.batch, cfg.in_channels, shape.frames, shape.height, shape.width
+        )
         x = self.patch(sample, "patch_embedding", cfg.patch_size)  # [b, n, d]
         noisy = x.shape[1]
         table = self.table(shape.indices.noisy, shape.height // cfg.patch_size[1], shape.width // cfg.patch_size[2])
@@ -182,14 +184,24 @@ class _Transformer:
         return self.head(self.tail(x, noisy), temb)
 
     def patch(self, x: Value, name: str, kernel: tuple[int, ...]) -> Value:
-        padded = x if all(n % k == 0 for n, k in zip(x.shape[2:], kernel, strict=True)) else pad_replicate(x, multiple=kernel)
+        padded = (
+            x
+            if all(n % k == 0 for n, k in zip(x.shape[2:], kernel, strict=True))
+            else pad_replicate(x, multiple=kernel)
+        )
         weight = self.weight(f"{name}.weight", self.width, self.config.in_channels, *kernel)
         return patch_embed(padded, weight, self.weight(f"{name}.bias", self.width))
 
     def table(self, frames: tuple[int, ...], height: int, width: int, pool: tuple[int, int, int] = (1, 1, 1)) -> Value:
         cfg = self.config
         return rope_table(
-            frames=frames, height=height, width=width, dims=cfg.rope_dim, theta=cfg.rope_theta, pool=pool, dtype=self.wide
+            frames=frames,
+            height=height,
+            width=width,
+            dims=cfg.rope_dim,
+            theta=cfg.rope_theta,
+            pool=pool,
+            dtype=self.wide,
         )
 
     def history(self, size: HistoryShape) -> tuple[Value, Value]:
@@ -325,5 +337,3 @@ class _Transformer:
 def _volume(patch: tuple[int, ...]) -> int:
     t, h, w = patch
     return t * h * w
-
-

@@ -12,7 +12,9 @@ __all__ = ["attention"]
 
 def _attention_samples() -> list[Sample]:
     def case(name: str, b: int, s: int, t: int, h: int, d: int, big: bool = False, scale: float = 1.0) -> Sample:
-        return Sample(name, (Arg((b, s, h, d), scale=scale), Arg((b, t, h, d), scale=scale), Arg((b, t, h, d))), big=big)
+        return Sample(
+            name, (Arg((b, s, h, d), scale=scale), Arg((b, t, h, d), scale=scale), Arg((b, t, h, d))), big=big
+        )
 
     return [
         case("small", 2, 5, 5, 2, 12),

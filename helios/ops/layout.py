@@ -29,7 +29,9 @@ def _reshape_errors() -> list[ErrorCase]:
 def reshape(x: Tensor, *, shape: tuple[int, ...]) -> Tensor:
     """The same elements in row-major order under another shape. All sizes are written out, none is inferred."""
     if math.prod(shape) != math.prod(x.shape):
-        raise OpError(f"reshape: {list(x.shape)} has {math.prod(x.shape)} elements, {list(shape)} has {math.prod(shape)}")
+        raise OpError(
+            f"reshape: {list(x.shape)} has {math.prod(x.shape)} elements, {list(shape)} has {math.prod(shape)}"
+        )
     return x.reshape(shape)
 
 

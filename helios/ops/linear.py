@@ -52,7 +52,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ``[..., o]``; products and the bias accumulate in at least float32, rounded once.
     """
     if x.shape[-1] != weight.shape[1]:
-        raise OpError(f"linear: x {list(x.shape)} ends in {x.shape[-1]}, weight {list(weight.shape)} takes {weight.shape[1]}")
+        raise OpError(
+            f"linear: x {list(x.shape)} ends in {x.shape[-1]}, weight {list(weight.shape)} takes {weight.shape[1]}"
+        )
     return F.linear(x, weight, bias)
 
 

@@ -140,7 +140,9 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, *, split: int = 0, dtype: 
     acc = accumulator(x.dtype)
     parts = [
         torch.addcmul(b.to(acc), part.to(acc), 1.0 + a.to(acc))
-        for (part, a), (_, b) in zip(_rows(x, scale, split, "modulate"), _rows(x, shift, split, "modulate"), strict=True)
+        for (part, a), (_, b) in zip(
+            _rows(x, scale, split, "modulate"), _rows(x, shift, split, "modulate"), strict=True
+        )
     ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return out.to(dtype or x.dtype)

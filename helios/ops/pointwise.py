@@ -17,7 +17,9 @@ def _add_samples() -> list[Sample]:
         Sample("small", (Arg((2, 3, 8)), Arg((2, 3, 8)))),
         Sample("odd", (Arg((1, 7, 33)), Arg((1, 7, 33)))),
         Sample("row", (Arg((2, 2, 6, 24)), Arg((1, 6, 24), scale=0.1))),
-        Sample("modulation", (Arg((1, 2, 6, 5120), dtype=torch.float32), Arg((1, 6, 5120), dtype=torch.float32)), big=True),
+        Sample(
+            "modulation", (Arg((1, 2, 6, 5120), dtype=torch.float32), Arg((1, 6, 5120), dtype=torch.float32)), big=True
+        ),
     ]
 
 

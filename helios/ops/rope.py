@@ -18,7 +18,15 @@ F32 = torch.float32
 
 def _table_samples() -> list[Sample]:
     def case(name: str, frames: tuple[int, ...], h: int, w: int, pool: tuple[int, int, int], **kw: object) -> Sample:
-        attrs = {"frames": frames, "height": h, "width": w, "dims": (44, 42, 42), "theta": 1e4, "pool": pool, "dtype": F32}
+        attrs = {
+            "frames": frames,
+            "height": h,
+            "width": w,
+            "dims": (44, 42, 42),
+            "theta": 1e4,
+            "pool": pool,
+            "dtype": F32,
+        }
         return Sample(name, (), attrs | kw)
 
     return [
@@ -137,9 +145,7 @@ def _qk_errors() -> list[ErrorCase]:
     return [ErrorCase("longer", (Arg((1, 6, 24)), Arg((1, 5, 24)), w, w, Arg((5, 6, 2))), {"heads": 2}, "6 queries")]
 
 
-@op(
-    dims="b n d, b s d, d, d, s p 2 -> b n h e, b s h e", kind="fused", samples=_qk_samples, errors=_qk_errors
-)
+@op(dims="b n d, b s d, d, d, s p 2 -> b n h e, b s h e", kind="fused", samples=_qk_samples, errors=_qk_errors)
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, *, heads: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:

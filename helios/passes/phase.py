@@ -69,7 +69,9 @@ class _Phase:
 
     def input(self, value: Value) -> None:
         if self.inputs.setdefault(value.name, value) != value:
-            raise GraphError(f"%{value.name} is {self.inputs[value.name].type} in one graph and {value.type} in another")
+            raise GraphError(
+                f"%{value.name} is {self.inputs[value.name].type} in one graph and {value.type} in another"
+            )
 
     def graph(self) -> Graph:
         outputs = tuple(self.outputs.items())
@@ -95,7 +97,12 @@ def _split(name: str, graph: Graph, shared: Mapping[Rate, _Phase]) -> Graph:
 
 
 def _enter(
-    node: Node, rate: Rate, phases: Mapping[Rate, _Phase], names: Mapping[str, Value], made: Mapping[str, Node], again: set[str]
+    node: Node,
+    rate: Rate,
+    phases: Mapping[Rate, _Phase],
+    names: Mapping[str, Value],
+    made: Mapping[str, Node],
+    again: set[str],
 ) -> None:
     """Put a node into a phase, with what it needs from slower ones."""
     for value in node.values:
