@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -151,7 +151,7 @@ class ReferenceBackend(Backend):
 
     def synchronize(self) -> None:
         module = getattr(torch, self._device.type, None)
-        if self._device.type not in ("cpu", "meta") and hasattr(module, "synchronize"):
+        if self._device.type not in ("cpu", "meta") and module is not None and hasattr(module, "synchronize"):
             module.synchronize(self._device)
 
     @property
@@ -228,17 +228,22 @@ def _checked(name: str, cls: Any) -> type[Backend]:
     return cls
 
 
+def probe(name: str) -> Candidate:
+    """One registered backend with its devices, or why it has none; never raises, whatever the backend does."""
+    try:
+        cls = load(name)
+        devices = tuple(cls().devices())
+    except BackendError as error:
+        return Candidate(name, None, why=error.why, fix=error.fix)
+    except Exception as error:
+        why = f"its probe raised {type(error).__name__}: {error}"
+        return Candidate(name, None, why=why, fix="report this to the backend's maintainer")
+    return Candidate(name, cls, devices, why="" if devices else "it names no device")
+
+
 def candidates() -> Iterator[Candidate]:
-    """Every registered backend with its devices, or why it has none; a broken one harms nobody else."""
-    for name in names():
-        try:
-            cls = load(name)
-            yield Candidate(name, cls, tuple(cls().devices()))
-        except BackendError as error:
-            yield Candidate(name, None, why=error.why, fix=error.fix)
-        except Exception as error:
-            why = f"its probe raised {type(error).__name__}: {error}"
-            yield Candidate(name, None, why=why, fix="report this to the backend's maintainer")
+    """Every registered backend, by name; a broken one harms nobody else."""
+    return (probe(name) for name in names())
 
 
 def select(spec: str | None = None) -> Backend:
@@ -273,23 +278,28 @@ def parse_spec(spec: str) -> tuple[str, str, int]:
     return name, rest[0] if rest else "", index
 
 
+def _rank(name: str) -> tuple[float, str]:
+    """Place in the order of ``auto``: ours by ``PREFERENCE``, those of others by name just before ``cpu``."""
+    return (PREFERENCE.index(name) if name in PREFERENCE else PREFERENCE.index("cpu") - 0.5, name)
+
+
 def _automatic() -> Backend:
-    found = {c.name: c for c in candidates()}
-    stranger = PREFERENCE.index("cpu")
-    order = sorted(found, key=lambda n: (PREFERENCE.index(n) if n in PREFERENCE else stranger - 0.5, n))
-    for name in order:
-        cls = found[name].cls
-        if found[name].available and cls is not None:
-            return cls(index=found[name].devices[0].index)
+    for name in sorted(names(), key=_rank):
+        candidate = probe(name)
+        if candidate.cls is not None and candidate.devices:
+            return candidate.cls(index=candidate.devices[0].index)
     raise BackendUnavailable("no backend can run here", fix="`helios doctor` says why, backend by backend")
 
 
-def explain_automatic() -> list[tuple[str, str]]:
-    """Each backend in the order that ``auto`` tries, with the reason why it lost; the last one is the choice."""
-    chosen = _automatic()
-    lines = []
-    for candidate in sorted(candidates(), key=lambda c: PREFERENCE.index(c.name) if c.name in PREFERENCE else 2.5):
-        if candidate.name == chosen.name:
-            return [*lines, (candidate.name, "chosen")]
-        lines.append((candidate.name, candidate.why))
+def explain_automatic(found: Iterable[Candidate] | None = None) -> list[tuple[str, str]]:
+    """Each backend in the order that ``auto`` tries, with why it lost, up to the choice, whose reason is "chosen".
+
+    Args:
+        found: what ``candidates`` gave, so that nothing is probed twice; ``None`` probes.
+    """
+    lines: list[tuple[str, str]] = []
+    for candidate in sorted(candidates() if found is None else found, key=lambda c: _rank(c.name)):
+        lines.append((candidate.name, "chosen" if candidate.available else candidate.why))
+        if candidate.available:
+            break
     return lines

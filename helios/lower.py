@@ -63,7 +63,7 @@ def _resolve(node: Node, backend: Backend, fallback: str, coverage: Coverage) ->
     if fallback == "error":
         raise UnsupportedNode(
             f"backend {backend.name!r} cannot run: {node}\n  reason: {reason}",
-            fix="`--fallback reference` (or HELIOS_FALLBACK=reference) runs such nodes by torch's own ops, and counts them",
+            fix="`--fallback reference` (or HELIOS_FALLBACK=reference) runs such nodes by torch's ops, and counts them",
         )
     coverage.count(node.op, "fallback", reason)
     return Resolved(node, Kernel(record.fn), "fallback")

@@ -51,7 +51,8 @@ class Arg:
 
     ``fill``: ``normal`` (standard normal × ``scale`` + ``offset``), ``outliers`` (normal with every 61st channel of the
     last dimension 30 times larger), ``tiny`` (normal with every third row scaled to the size of 1e-3, where an epsilon
-    shows), ``table`` (cos, sin pairs of random angles in a last dimension of 2), ``uniform`` (in [0, 1) × scale + offset).
+    shows), ``table`` (cos, sin pairs of random angles in a last dimension of 2), ``uniform`` (in [0, 1) × ``scale``
+    + ``offset``).
     """
 
     shape: tuple[int, ...]
@@ -151,8 +152,8 @@ class Op(Generic[P, R]):
     def error_cases(self) -> list[ErrorCase]:
         return list(self._errors()) if self._errors else []
 
-    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Attr]]:
-        attrs = dict(self.attrs)
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        attrs: dict[str, Any] = dict(self.attrs)
         operands: list[Any] = list(args)
         for operand in self.operands[len(args) :]:
             if operand.name not in kwargs and not operand.optional:
@@ -198,7 +199,8 @@ def _match(op_name: str, operand: _Operand, shape: tuple[int, ...], sizes: dict[
         return
     if len(dims) != len(shape):
         raise OpError(
-            f"{op_name}: {operand.name} has shape {list(shape)}, but must have {len(dims)} dimensions ({' '.join(dims)})"
+            f"{op_name}: {operand.name} has shape {list(shape)}, "
+            f"but must have {len(dims)} dimensions ({' '.join(dims)})"
         )
     for dim, size in zip(dims, shape, strict=True):
         if dim == "_":
@@ -290,6 +292,7 @@ def get(name: str) -> Op[Any, Any]:
 
 
 def names() -> list[str]:
+    """Names of all ops, sorted."""
     return sorted(_registry)
 
 

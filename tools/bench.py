@@ -30,6 +30,7 @@ HEIGHT, WIDTH, TEXT = 24, 40, 512
 
 
 def main() -> None:
+    """Measure what the arguments ask for, print a table, and write the report."""
     args = _arguments()
     rows = [row for precision in args.precision for row in _measure(args, precision)]
     report = {"machine": _machine(), "size": args.size, "latent": [HEIGHT, WIDTH], "pairs": args.pairs, "rows": rows}

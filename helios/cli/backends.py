@@ -19,8 +19,9 @@ def backends(json: JsonOption = False) -> None:
     from helios import op
     from helios.backend import candidates, explain_automatic
 
-    found = [describe(candidate) for candidate in candidates()]
-    auto = [{"name": name, "reason": reason} for name, reason in explain_automatic()]
+    probed = list(candidates())
+    found = [describe(candidate) for candidate in probed]
+    auto = [{"name": name, "reason": reason} for name, reason in explain_automatic(probed)]
     variable = os.environ.get("HELIOS_BACKEND")
     if json:
         output.print_json({"backends": found, "auto": auto, "HELIOS_BACKEND": variable, "ops": len(op.names())})
@@ -71,10 +72,13 @@ def _memory(size: int | None) -> str:
 
 
 def _say_choice(auto: list[dict[str, str]], variable: str | None) -> None:
-    chosen = auto[-1]["name"]
     output.line()
     if variable and variable != "auto":
         output.line(f"HELIOS_BACKEND={variable} is set, and decides. Without it:")
+    if auto[-1]["reason"] != "chosen":
+        output.line("auto finds none that can run here")
+        return
+    chosen = auto[-1]["name"]
     lost = [f"{entry['name']} ({entry['reason']})" for entry in auto[:-1]]
     output.line(
         f"auto chooses {chosen}" + (f"; before it came {'; '.join(lost)}" if lost else "; no better one is installed")

@@ -11,6 +11,8 @@ h heads, e head size.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from typing import Any
 
 import torch
 
@@ -60,7 +62,7 @@ def frame_indices(
     start = 1 if keep_first_frame else 0
     tail = short if keep_first_frame else short + 1
     edges = [start, start + long, start + long + mid, start + long + mid + tail]
-    groups = [tuple(range(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    groups = [tuple(range(a, b)) for a, b in itertools.pairwise(edges)]
     anchor = (0,) if keep_first_frame else ()
     return FrameIndices(groups[0], groups[1], anchor + groups[2], tuple(range(edges[3], edges[3] + frames)))
 
@@ -111,12 +113,13 @@ def denoise_graph(
         config: of the network.
         shape: static sizes.
         dtype: of the arithmetic; what the publication keeps in float32 is in ``accumulator(dtype)``.
-        published: also compute the rows that nobody reads (the history's in the last block), as the published code does.
+        published: also compute the rows that nobody reads (the history's in the last block), as the published code
+            does.
         name: of the graph.
 
     Inputs: ``sample`` ``[b, in_channels, t, h, w]`` and ``timestep`` ``[b]`` at rate step, ``history_long``,
-    ``history_mid``, ``history_short`` ``[b, in_channels, frames, H, W]`` at rate chunk, ``text`` ``[b, l, text_dim]`` at
-    rate prompt, and the weights by their published names; all activations enter in ``accumulator(dtype)``.
+    ``history_mid``, ``history_short`` ``[b, in_channels, frames, H, W]`` at rate chunk, ``text`` ``[b, l, text_dim]``
+    at rate prompt, and the weights by their published names; all activations enter in ``accumulator(dtype)``.
     Output: ``velocity`` ``[b, out_channels, t, h, w]`` in ``dtype``.
     """
     _check(config, shape)
@@ -177,10 +180,10 @@ class _Transformer:
             x, table = concat([history, x], dim=1), concat([history_table, table], dim=0)
         split = x.shape[1] - noisy
         temb, rows = self.time(split)
-        rows = [self.modulation(f"blocks.{i}.", rows) for i in range(cfg.num_layers)] if cfg.num_layers else []
+        block_rows = [self.modulation(f"blocks.{i}.", rows) for i in range(cfg.num_layers)]
         text = self.text()
         for i in range(cfg.num_layers):
-            x = self.block(f"blocks.{i}.", x, text, rows[i], table, split, last=i == cfg.num_layers - 1)
+            x = self.block(f"blocks.{i}.", x, text, block_rows[i], table, split, last=i == cfg.num_layers - 1)
         return self.head(self.tail(x, noisy), temb)
 
     def patch(self, x: Value, name: str, kernel: tuple[int, ...]) -> Value:
@@ -194,15 +197,11 @@ class _Transformer:
 
     def table(self, frames: tuple[int, ...], height: int, width: int, pool: tuple[int, int, int] = (1, 1, 1)) -> Value:
         cfg = self.config
-        return rope_table(
-            frames=frames,
-            height=height,
-            width=width,
-            dims=cfg.rope_dim,
-            theta=cfg.rope_theta,
-            pool=pool,
-            dtype=self.wide,
+        dims, theta = cfg.rope_dim, cfg.rope_theta
+        made: Any = rope_table(
+            frames=frames, height=height, width=width, dims=dims, theta=theta, pool=pool, dtype=self.wide
         )
+        return made
 
     def history(self, size: HistoryShape) -> tuple[Value, Value]:
         """Tokens and RoPE table of ``[long | mid | short]``: coarser patches the further back."""
@@ -229,7 +228,8 @@ class _Transformer:
         temb, row = self.time_row(t)
         if not split or not self.config.zero_history_timestep:
             return temb, row
-        _, zero = self.time_row(full(shape=(1,), value=0.0, dtype=self.wide))
+        start: Any = full(shape=(1,), value=0.0, dtype=self.wide)
+        _, zero = self.time_row(start)
         zero = expand(zero, shape=row.shape) if zero.shape != row.shape else zero
         return temb, concat([zero, row], dim=1)
 

@@ -12,6 +12,7 @@ t frames, h rows, w columns.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -280,7 +281,8 @@ class _Decoder(_Causal):
         b, c, t, h, w = x.shape
         if t == 1:
             if self.caches:
-                self._past.append(full(shape=(b, c, 2, h, w), value=0.0, dtype=self.dtype))
+                zeros: Any = full(shape=(b, c, 2, h, w), value=0.0, dtype=self.dtype)
+                self._past.append(zeros)
             return x
         rest = self.split_frames(narrow(x, dim=2, start=1, length=t - 1), name)
         return concat([narrow(x, dim=2, start=0, length=1), rest], dim=2)

@@ -89,7 +89,8 @@ def _pool(table: Tensor, pool: tuple[int, int, int]) -> Tensor:
     missing = [-n % p for n, p in zip((t, h, w), pool, strict=True)]
     if any(missing):
         flat = F.pad(flat, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
-    return F.avg_pool3d(flat, pool)[0].permute(1, 2, 3, 0).unflatten(3, table.shape[3:])
+    pooled: Tensor = F.avg_pool3d(flat, pool)
+    return pooled[0].permute(1, 2, 3, 0).reshape(*pooled.shape[2:], *table.shape[3:])
 
 
 def _rope_inputs(b: int, s: int, h: int, d: int) -> tuple[Arg, Arg]:
