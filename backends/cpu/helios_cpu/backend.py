@@ -13,7 +13,7 @@ from helios import op
 from helios.backend import Backend, DeviceInfo, Kernel
 from helios.passes import Plan
 from helios.program import Program
-from helios_cpu import allocator, elementwise, gemm
+from helios_cpu import allocator, attention, elementwise, gemm
 
 __all__ = ["CpuBackend"]
 
@@ -28,7 +28,7 @@ class CpuBackend(Backend):
     def __init__(self, provider: str = "", index: int = 0) -> None:
         super().__init__(provider, index)
         bodies = {name: Kernel(op.get(name).fn) for name in op.names() if op.get(name).kind != "fused"}
-        self.kernels: Mapping[str, Kernel] = {**bodies, **gemm.KERNELS, **elementwise.KERNELS}
+        self.kernels: Mapping[str, Kernel] = {**bodies, **attention.KERNELS, **gemm.KERNELS, **elementwise.KERNELS}
 
     def devices(self) -> Sequence[DeviceInfo]:
         pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")

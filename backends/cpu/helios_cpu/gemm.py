@@ -29,7 +29,7 @@ class _Packed(NamedTuple):
 
 
 def _pack(weight: Tensor, bias: Tensor | None) -> _Packed:
-    opaque = weight.dtype in _PACKABLE and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    opaque = weight.dtype in _PACKABLE and torch.backends.mkldnn.is_available()
     # The layout is chosen for a number of rows, which is not known at load; 1024 stands for "many".
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1024) if opaque else weight
     return _Packed(packed, bias, weight.shape[0], opaque)
