@@ -31,7 +31,7 @@ from typing import TypeAlias
 
 import torch
 
-from helios.errors import GraphError
+from helios.errors import GraphError, unknown_name
 
 __all__ = ["Attr", "Builder", "Graph", "Node", "Operand", "Rate", "TensorType", "Value", "parse", "verify"]
 
@@ -248,6 +248,8 @@ class Builder:
         rate = max((v.rate for v in operand_values(inputs)), default=Rate.WEIGHTS)
         outputs = []
         for type_ in types:
+            while str(self._count) in self._inputs:
+                self._count += 1
             outputs.append(Value(str(self._count), type_, rate))
             self._count += 1
         self._nodes.append(Node(op, inputs, tuple(sorted(attrs.items())), tuple(outputs)))
@@ -263,11 +265,16 @@ class Builder:
         return graph
 
 
+_NAME = re.compile(r"[\w./:-]+", re.ASCII)
+
+
 def verify(graph: Graph) -> None:
     """Check the structure: single assignment, definition before use, rates, output names. Raises GraphError."""
     defined: dict[str, Value] = {}
 
     def define(value: Value) -> None:
+        if not _NAME.fullmatch(value.name):
+            raise GraphError(f"graph {graph.name}: {value.name!r} cannot stand in the text form as a name")
         if value.name in defined:
             raise GraphError(f"graph {graph.name}: %{value.name} is assigned twice")
         defined[value.name] = value
@@ -296,6 +303,9 @@ def verify(graph: Graph) -> None:
     for name, value in graph.outputs:
         use(value, f"output {name}")
     names = [name for name, _ in graph.outputs]
+    for name in (graph.name, *names):
+        if not _NAME.fullmatch(name):
+            raise GraphError(f"graph {graph.name}: {name!r} cannot stand in the text form as a name")
     if len(set(names)) != len(names):
         raise GraphError(f"graph {graph.name}: two outputs share a name: {', '.join(names)}")
 
@@ -326,7 +336,7 @@ def parse(text: str) -> Graph:
     for number, line in enumerate(lines[1:-1], start=2):
         try:
             parser.line(line)
-        except (GraphError, KeyError, ValueError, SyntaxError) as error:
+        except (GraphError, ValueError, SyntaxError) as error:
             raise GraphError(f"graph {head[1]}, line {number}: {error}: {line[:200]}") from error
     graph = Graph(head[1], tuple(parser.inputs), tuple(parser.nodes), tuple(parser.outputs))
     verify(graph)
@@ -342,15 +352,19 @@ class _Parser:
 
     def line(self, line: str) -> None:
         if match := _INPUT.match(line):
-            value = Value(match[1], _parse_type(match[2]), Rate[match[3].upper()])
-            self.inputs.append(value)
-            self.values[value.name] = value
+            self.inputs.append(self.define(Value(match[1], _parse_type(match[2]), _parse_rate(match[3]))))
         elif match := _OUTPUT.match(line):
             self.outputs.append((match[1], self.value(match[2])))
         elif match := _NODE.match(line):
             self.node(match)
         else:
             raise GraphError("neither an input, an output nor a node")
+
+    def define(self, value: Value) -> Value:
+        if value.name in self.values:
+            raise GraphError(f"%{value.name} is assigned twice")
+        self.values[value.name] = value
+        return value
 
     def value(self, name: str) -> Value:
         if name not in self.values:
@@ -363,8 +377,7 @@ class _Parser:
         outputs = []
         for text in re.findall(r"%\S+: \w+\[[\d,]*\]", match["outs"]):
             name, _, type_ = text[1:].partition(": ")
-            outputs.append(Value(name, _parse_type(type_), rate))
-            self.values[name] = outputs[-1]
+            outputs.append(self.define(Value(name, _parse_type(type_), rate)))
         self.nodes.append(Node(match["op"], inputs, _parse_attrs(match["attrs"] or ""), tuple(outputs)))
 
     def operand(self, text: str) -> Operand:
@@ -373,6 +386,13 @@ class _Parser:
         if text.startswith("["):
             return tuple(self.value(name[1:]) for name in re.findall(r"%[^\s,\]]+", text))
         return self.value(text[1:])
+
+
+def _parse_rate(text: str) -> Rate:
+    known = {rate.label: rate for rate in Rate}
+    if text not in known:
+        raise GraphError(unknown_name("rate", text, known))
+    return known[text]
 
 
 def _parse_type(text: str) -> TensorType:
@@ -384,8 +404,9 @@ def _parse_type(text: str) -> TensorType:
 
 def _parse_attrs(text: str) -> tuple[tuple[str, Attr], ...]:
     call = ast.parse(f"attrs({text})", mode="eval").body
-    assert isinstance(call, ast.Call)
-    return tuple((str(k.arg), _parse_attr(k.value)) for k in call.keywords)
+    if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+        raise GraphError(f"{{{text}}} is not a list of name=value")
+    return tuple(sorted(((str(k.arg), _parse_attr(k.value)) for k in call.keywords), key=lambda a: a[0]))
 
 
 def _parse_attr(node: ast.expr) -> Attr:
@@ -394,7 +415,11 @@ def _parse_attr(node: ast.expr) -> Attr:
     if isinstance(node, ast.Name):
         if node.id in ("inf", "nan"):
             return float(node.id)
+        if node.id not in DTYPES:
+            raise GraphError(unknown_name("dtype", node.id, DTYPES))
         return DTYPES[node.id]
+    if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-inf":
+        return -math.inf
     value = ast.literal_eval(node)
     if value is None or isinstance(value, bool | int | float | str):
         return value

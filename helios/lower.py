@@ -8,7 +8,7 @@ from helios import op
 from helios.backend import Backend, Kernel
 from helios.errors import InputError, UnsupportedNode
 from helios.graph import Graph, Node
-from helios.passes import Plan, build_plan, fuse, prune
+from helios.passes import Plan, build_plan, expand, fuse, prune
 from helios.program import Coverage, KernelProgram, Program, Resolved
 
 __all__ = ["compile_kernels", "lower", "plan_for"]
@@ -33,11 +33,15 @@ def lower(graphs: Mapping[str, Graph], backend: Backend, *, fallback: str = "err
 
 
 def plan_for(graphs: Mapping[str, Graph], backend: Backend) -> Plan:
-    """The plan as this backend will see it."""
+    """The plan as this backend will see it: of core ops, and of the fused ops that it lists and supports."""
+
+    def wanted(node: Node) -> bool:
+        return node.op in backend.fusions and backend.supports(node) is None
+
     fused = {}
     for name, graph in graphs.items():
-        kept, _ = prune(graph)
-        fused[name], _ = fuse(kept, backend.fusions, backend.supports)
+        written_out, _ = expand(prune(graph)[0], wanted)
+        fused[name], _ = fuse(written_out, backend.fusions, backend.supports)
     return build_plan(fused)
 
 
