@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from helios import graph as _graph
-from helios.errors import GraphError, OpError, unknown_name
+from helios.errors import GraphError, HeliosError, OpError, unknown_name
 from helios.graph import Attr, Builder, Graph, Node, Operand, TensorType, Value
 
 __all__ = ["Arg", "ErrorCase", "Kind", "Op", "Sample", "accumulator", "cost", "expand", "get", "infer", "names", "op"]
@@ -162,6 +162,8 @@ class Op(Generic[P, R]):
         for key, value in kwargs.items():
             if key in attrs:
                 attrs[key] = _freeze(value)
+            elif any(key == operand.name for operand in self.operands[: len(args)]):
+                raise OpError(f"{self.name}: input {key!r} is given twice")
             elif all(key != operand.name for operand in self.operands):
                 raise OpError(f"{self.name}: " + unknown_name("attribute", key, self.attrs))
         absent = [key for key, value in attrs.items() if value is inspect.Parameter.empty]
@@ -169,6 +171,11 @@ class Op(Generic[P, R]):
             raise OpError(f"{self.name}: attribute {absent[0]!r} is missing")
         if len(operands) > len(self.operands):
             raise OpError(f"{self.name}: takes {len(self.operands)} inputs, got {len(operands)}")
+        kinds = {Value if isinstance(x, Value) else type(x) for x in _flat(operands) if x is not None}
+        strange = [kind.__name__ for kind in kinds if not issubclass(kind, Tensor | Value)]
+        if strange or (Value in kinds and len(kinds) > 1):
+            came = strange[0] if strange else "both"
+            raise OpError(f"{self.name}: inputs must be all tensors or all graph values, got {came}")
         return operands, attrs
 
     def _record(self, operands: Sequence[Any], attrs: dict[str, Attr]) -> Value | tuple[Value, ...]:
@@ -180,6 +187,8 @@ class Op(Generic[P, R]):
 
     def check(self, inputs: Sequence[TensorType | None | tuple[TensorType, ...]]) -> None:
         """Check ranks and sizes of the inputs against ``dims``; raises OpError."""
+        if len(inputs) != len(self.operands):
+            raise OpError(f"{self.name}: takes {len(self.operands)} inputs, got {len(inputs)}")
         sizes: dict[str, tuple[int, str]] = {}
         for operand, given in zip(self.operands, inputs, strict=True):
             if given is None:
@@ -368,14 +377,21 @@ def verify(graph: Graph) -> None:
     """Check a graph's structure, and each node's schema and types against its op. Raises GraphError."""
     _graph.verify(graph)
     for node in graph.nodes:
-        record = get(node.op)
-        inputs = tuple(_types(x) for x in node.inputs)
-        unknown = set(node.attributes) ^ set(record.attrs)
-        if unknown:
-            raise GraphError(f"graph {graph.name}: {node.op} has other attributes than its op: {sorted(unknown)}")
-        record.check(inputs)
-        wanted, _ = infer(record, inputs, node.attrs)
-        given = tuple(v.type for v in node.outputs)
-        if wanted != given:
-            shown = ", ".join(map(str, wanted))
-            raise GraphError(f"graph {graph.name}: {node.op} gives {shown}, the node says {', '.join(map(str, given))}")
+        try:
+            _verify(node)
+        except HeliosError as error:
+            raise GraphError(f"graph {graph.name}: {node}: {error.why}") from error
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # from a body: attributes of another kind
+            raise GraphError(f"graph {graph.name}: {node}: the op refuses it: {error}") from error
+
+
+def _verify(node: Node) -> None:
+    record = get(node.op)
+    inputs = tuple(_types(x) for x in node.inputs)
+    unknown = set(node.attributes) ^ set(record.attrs)
+    if unknown:
+        raise GraphError(f"it has other attributes than its op: {', '.join(sorted(unknown))}")
+    record.check(inputs)
+    wanted, _ = infer(record, inputs, node.attrs)
+    if wanted != tuple(v.type for v in node.outputs):
+        raise GraphError(f"its op gives {', '.join(map(str, wanted))}")

@@ -81,23 +81,53 @@ EMPTY = Context({})
 
 
 class Program:
-    """Interface of what ``Backend.compile`` returns.
+    """What ``Backend.compile`` returns. Binding, checking, placing and contexts are here, for all backends alike.
 
-    ``evaluations`` counts how often each slower phase ran, by rate.
+    An engine that runs graphs whole supplies ``evaluate``. To build weights into its engines it extends ``load`` (after
+    which ``weights`` holds what graphs read) and says in ``wanted`` that it needs them no more.
+
+    Attributes:
+        weights: on the device, by name: the weights, and what the weights phase made of them, that other graphs read.
+        evaluations: how often each slower phase ran, by rate.
     """
-
-    plan: Plan
-    backend: Backend
-    coverage: Coverage
 
     def __init__(self, plan: Plan, backend: Backend, coverage: Coverage) -> None:
         self.plan, self.backend, self.coverage = plan, backend, coverage
         self.evaluations: collections.Counter[Rate] = collections.Counter()
+        self.weights: dict[str, Tensor] = {}
+        self._loaded = False
+
+    def evaluate(self, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run one graph of the plan, a phase or an entry.
+
+        Args:
+            graph: its name in ``plan.graphs``.
+            inputs: what ``wanted`` names, on the device, of the declared shapes and dtypes and of any strides; they must
+                not be written to. The mapping itself may be consumed.
+
+        Returns:
+            the outputs by name, on the device. They may share memory with inputs, but the next evaluation must not
+            write to them: contexts and callers keep them.
+        """
+        raise NotImplementedError
+
+    def wanted(self, graph: str) -> Iterable[str]:
+        """Names of the inputs that ``evaluate`` needs for this graph: all, unless weights are held in another form."""
+        return (v.name for v in self.plan.graphs[graph].inputs)
 
     def load(self, weights: WeightReader) -> None:
         """Read, convert and place every weight, and run the weights phase. Tensor by tensor: the host holds one at a
         time beyond what the program keeps."""
-        raise NotImplementedError
+        placed = {name: self.place(weights.read(name), value) for name, value in self.weight_inputs().items()}
+        label = Rate.WEIGHTS.label
+        held = self.evaluate(label, {name: placed[name] for name in self.wanted(label)})
+        read = {v.name for name, graph in self.plan.graphs.items() if name != label for v in graph.inputs}
+        self._ready({name: tensor for name, tensor in (placed | held).items() if name in read})
+
+    def _ready(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+        self.evaluations[Rate.WEIGHTS] += 1
+        self._loaded = True
 
     def bind(self, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> Context:
         """Compute the phase that these inputs belong to.
@@ -109,11 +139,56 @@ class Program:
         Returns:
             a context with the inputs and the held values of that phase.
         """
-        raise NotImplementedError
+        rate = self.phase_of(inputs)
+        given = self._given(rate.label, inputs, rate)
+        environment = self._environment(rate.label, given, context)
+        self.evaluations[rate] += 1
+        return Context({**given, **self.evaluate(rate.label, environment)})
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> dict[str, Tensor]:
         """One step of one entry; the outputs by name, on the device."""
-        raise NotImplementedError
+        return self.evaluate(entry, self._step(entry, inputs, context))
+
+    def profile(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> list[tuple[Node, float]]:
+        """Seconds of each node in one step, synchronised after every one; nothing where graphs run whole."""
+        return []
+
+    def place(self, tensor: Tensor, value: Value, owner: str = "the graph") -> Tensor:
+        """The tensor on the device, in the dtype of ``value``. Raises InputError if it has another shape.
+
+        It is converted where it comes from: the device may not have the dtype that it comes in.
+        """
+        if tuple(tensor.shape) != value.shape:
+            what = "weight" if value.rate == Rate.WEIGHTS else "input"
+            raise InputError(f"{what} {value.name!r} has shape {list(tensor.shape)}, {owner} takes {list(value.shape)}")
+        return tensor.to(value.dtype).to(self.backend.device)
+
+    def _step(self, entry: str, inputs: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+        if entry not in self.plan.steps:
+            raise GraphError(f"the program has no entry {entry!r}; it has {', '.join(self.plan.steps)}")
+        return self._environment(entry, self._given(entry, inputs, Rate.STEP), context)
+
+    def _environment(self, name: str, given: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+        """Everything that a graph wants, by name."""
+        if not self._loaded:
+            raise GraphError("the program has no weights yet", fix="call program.load(weights) first")
+        known = collections.ChainMap(dict(given), dict(context.values), self.weights)
+        wanted = list(self.wanted(name))
+        absent = [key for key in wanted if key not in known]
+        if absent:
+            raise InputError(f"{name!r} lacks {', '.join(absent[:5])}", fix="bind the prompt and chunk inputs first")
+        return {key: known[key] for key in wanted}
+
+    def _given(self, name: str, inputs: Mapping[str, Tensor], rate: Rate) -> dict[str, Tensor]:
+        """The inputs on the device, each of its declared shape and dtype."""
+        graph = self.plan.graphs[name]
+        # An input of a slower rate may be read by the steps alone, and one of a step only by some of them.
+        graphs = (graph,) if rate == Rate.STEP else (graph, *self.plan.steps.values())
+        declared = {v.name: v for g in graphs for v in g.inputs_at(rate)}
+        strange = [key for key in inputs if key not in declared]
+        if strange:
+            raise InputError(f"{name} has no input {strange[0]!r}; it has {', '.join(sorted(declared))}")
+        return {key: self.place(tensor, declared[key], name) for key, tensor in inputs.items()}
 
     def phase_of(self, inputs: Iterable[str]) -> Rate:
         """The one rate that these inputs have."""
@@ -157,26 +232,22 @@ class KernelProgram(Program):
     ) -> None:
         super().__init__(plan, backend, coverage)
         self._handles: dict[tuple[Any, ...], Any] = {}
-        self._weights: dict[str, Tensor] = {}
-        self._loaded = False
         self._sequences = {
             name: _Sequence(graph, resolved[name], backend.device) for name, graph in plan.graphs.items()
         }
 
     def load(self, weights: WeightReader) -> None:
         self._handles.clear()
-        self._weights.clear()
+        self.weights = {}
         loader = _Loader(self, weights)
         phase = self._sequences[Rate.WEIGHTS.label]
         self._prepare(phase.calls, loader)
         environment = {v.name: loader.get(v.name) for v in phase.graph.inputs if v.name in loader.kept}
-        self._weights.update(phase.run(environment, self._handles))
+        self.weights.update(phase.run(environment, self._handles))
         for name, sequence in self._sequences.items():
             if name != Rate.WEIGHTS.label:
                 self._prepare(sequence.calls, loader)
-        self._weights.update(loader.finish())
-        self.evaluations[Rate.WEIGHTS] += 1
-        self._loaded = True
+        self._ready(self.weights | loader.finish())
 
     def _prepare(self, calls: Iterable[_Call], loader: _Loader) -> None:
         for call in calls:
@@ -186,57 +257,17 @@ class KernelProgram(Program):
                 self._handles[call.key] = call.kernel.prepare(*operands, **call.attrs)
                 loader.release(call)
 
-    def bind(self, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> Context:
-        rate = self.phase_of(inputs)
-        sequence = self._sequences[rate.label]
-        given = self._checked(sequence.graph, inputs, rate)
-        self.evaluations[rate] += 1
-        held = sequence.run({**self._weights, **context.values, **given}, self._handles)
-        return Context({**given, **held})
+    def evaluate(self, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._sequences[graph].run(inputs, self._handles)
 
-    def run(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> dict[str, Tensor]:
-        return self._sequence(entry).run(self._environment(entry, inputs, context), self._handles)
+    def wanted(self, graph: str) -> Iterable[str]:
+        return self._sequences[graph].wanted
 
     def profile(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> list[tuple[Node, float]]:
-        """Seconds of each node in one step, synchronised after every one."""
+        environment = self._step(entry, inputs, context)
         clock = _Clock(self.backend)
-        self._sequence(entry).run(self._environment(entry, inputs, context), self._handles, clock)
+        self._sequences[entry].run(environment, self._handles, clock)
         return clock.laps
-
-    def _sequence(self, entry: str) -> _Sequence:
-        if entry not in self.plan.steps:
-            raise GraphError(f"the program has no entry {entry!r}; it has {', '.join(self.plan.steps)}")
-        return self._sequences[entry]
-
-    def _environment(self, entry: str, inputs: Mapping[str, Tensor], context: Context) -> dict[str, Any]:
-        if not self._loaded:
-            raise GraphError("the program has no weights yet", fix="call program.load(weights) first")
-        graph = self._sequence(entry).graph
-        environment = {**self._weights, **context.values, **self._checked(graph, inputs, Rate.STEP)}
-        absent = [v.name for v in graph.inputs if v.name not in environment and v.name not in self._packed_only(entry)]
-        if absent:
-            raise InputError(
-                f"run({entry!r}) lacks {', '.join(absent[:5])}", fix="bind the prompt and chunk inputs first"
-            )
-        return environment
-
-    def _packed_only(self, entry: str) -> frozenset[str]:
-        return self._sequence(entry).packed_only
-
-    def _checked(self, graph: Graph, inputs: Mapping[str, Tensor], rate: Rate) -> dict[str, Tensor]:
-        """The inputs on the device, each of its declared shape and dtype."""
-        declared = {v.name: v for g in (graph, *self.plan.steps.values()) for v in g.inputs_at(rate)}
-        placed = {}
-        for name, tensor in inputs.items():
-            if name not in declared:
-                raise InputError(f"{graph.name} has no input {name!r}; it has {', '.join(sorted(declared))}")
-            value = declared[name] if rate != Rate.STEP else next(v for v in graph.inputs if v.name == name)
-            if tuple(tensor.shape) != value.shape:
-                raise InputError(
-                    f"input {name!r} has shape {list(tensor.shape)}, {graph.name} takes {list(value.shape)}"
-                )
-            placed[name] = tensor.to(self.backend.device, value.dtype)
-        return placed
 
 
 class _Clock:
@@ -280,7 +311,8 @@ class _Sequence:
                 if i not in gone:
                     last.update({v.name: at for v in operand_values([operand])})
             last.update({v.name: at for v in item.node.outputs if v.name not in last})
-        keep = {v.name for _, v in graph.outputs} | {v.name for v in graph.inputs}
+        # Slower inputs belong to contexts, which live on anyway.
+        keep = {v.name for _, v in graph.outputs} | {v.name for v in graph.inputs if v.rate < Rate.STEP}
         dead: dict[int, list[str]] = collections.defaultdict(list)
         for name, at in last.items():
             if name not in keep:
@@ -291,7 +323,7 @@ class _Sequence:
         used = {v.name for call in self.calls for v in operand_values(call.operands)} | {
             v.name for _, v in graph.outputs
         }
-        self.packed_only = frozenset(v.name for v in graph.inputs if v.name not in used)
+        self.wanted = tuple(v.name for v in graph.inputs if v.name in used)  # of others only a packed form is left
 
     def run(self, env: dict[str, Any], handles: Mapping[Any, Any], clock: _Clock | None = None) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -389,16 +421,12 @@ class _Loader:
         self._waiting = collections.Counter(itertools.chain(*(_packed_names(call) for call in keys.values())))
 
     def get(self, name: str) -> Tensor:
-        if name in self._program._weights:
-            return self._program._weights[name]
+        if name in self._program.weights:
+            return self._program.weights[name]
         if name in self._made:
             return self._compute(name)
         if name not in self._placed:
-            value = self._types[name]
-            tensor = self._source.read(name)
-            if tuple(tensor.shape) != value.shape:
-                raise InputError(f"weight {name} has shape {list(tensor.shape)}, the graph takes {list(value.shape)}")
-            self._placed[name] = tensor.to(self._device, value.dtype)
+            self._placed[name] = self._program.place(self._source.read(name), self._types[name])
         return self._placed[name]
 
     def _compute(self, name: str) -> Tensor:
