@@ -4,7 +4,8 @@
 
 The folder holds what a published one holds: ``model_index.json``, transformer and VAE in sharded safetensors with an
 index, a UMT5 text encoder, a T5 tokenizer and the variant's scheduler. So the code that loads real checkpoints runs,
-whole, where no real checkpoint fits. Videos made from it are noise.
+whole, where no real checkpoint fits. Videos made from it are noise; the headers of the weights say that they are
+random, and ``helios generate`` writes it into the frames.
 """
 
 from __future__ import annotations
@@ -161,7 +162,9 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def _save(path: Path, source: WeightSource, names: list[str]) -> None:
-    save_file({name: source.read(name) for name in names}, path, metadata={"format": "pt"})
+    # The mark travels with the weights: whoever makes a video of them can see that it means nothing.
+    metadata = {"format": "pt", "random_weights": source.origin}
+    save_file({name: source.read(name) for name in names}, path, metadata=metadata)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import helios
-from helios.cli import backends, bench, doctor, fit, graph, ops, output
+from helios.cli import backends, bench, doctor, fit, generate, graph, ops, output
 from helios.cli.options import CERTIFY, MAKE_VIDEO, PORT
 from helios.errors import HeliosError
 
@@ -52,6 +52,7 @@ def _options(
 
 
 # One line a command; the order here is the order of the help, and the first panel is the one that most people need.
+app.command("generate", rich_help_panel=MAKE_VIDEO, epilog=generate.EXAMPLES)(generate.generate)
 app.command("fit", rich_help_panel=MAKE_VIDEO, epilog=fit.EXAMPLES)(fit.fit)
 app.command("doctor", rich_help_panel=MAKE_VIDEO)(doctor.doctor)
 app.command("backends", rich_help_panel=PORT)(backends.backends)

@@ -51,6 +51,20 @@ class ModelFolder:
     vae: VaeConfig
     text: TextConfig | None
 
+    @property
+    def random_weights(self) -> bool:
+        """Whether a file of the transformer says in its header that its weights are random numbers."""
+        from safetensors import SafetensorError, safe_open
+
+        for path in sorted((self.path / "transformer").glob("*.safetensors")):
+            try:
+                with safe_open(str(path), framework="pt") as file:
+                    if "random_weights" in (file.metadata() or {}):
+                        return True
+            except (SafetensorError, OSError):  # told, with more words, by whoever reads the weights
+                continue
+        return False
+
     def transformer_weights(self) -> WeightSource:
         """The transformer's weights, under today's names, checked against the config.
 

@@ -89,6 +89,7 @@ def folder_model(path_or_repo: str | Path, variant: str | None = None) -> Model:
         folder.transformer_weights(),
         folder.vae_weights(),
         functools.partial(_folder_text, folder.path, folder.transformer.text_dim, folder.text is not None),
+        random_weights=folder.random_weights,
     )
 
 

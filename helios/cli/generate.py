@@ -1,0 +1,262 @@
+"""``helios generate``: a video from a prompt."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from helios.cli import output
+from helios.cli.job import Asked, Job, prepare, read_prompts, resume_command
+from helios.cli.options import BackendOption, FallbackOption, PrecisionOption, StepsOption
+from helios.cli.progress import Report
+from helios.errors import HeliosError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from helios.pipeline.store import RunFolder
+
+__all__ = ["EXAMPLES", "generate"]
+
+EXAMPLES = 'Example: helios generate "a lighthouse in a storm" --model PATH_OR_REPO --chunks 3 --out storm.mp4'
+SHEET_FRAMES = 24
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="What the video shows.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.mp4", help="The video.")] = Path("video.mp4"),
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH|REPO", help="A model folder, or a hub repository.", show_default=False)
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="tiny|mini|14b", help="Instead of a model: random weights.", show_default=False),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(metavar="base|mid|distilled", help="Way to sample.", show_default="the model's, or distilled"),
+    ] = None,
+    chunks: Annotated[int | None, typer.Option(metavar="N", help="Length in chunks of 33 frames.")] = None,
+    seconds: Annotated[float | None, typer.Option(metavar="S", help="Length at 24 frames a second.")] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Length in frames, rounded up to chunks.", show_default="the variant's"),
+    ] = None,
+    height: Annotated[int | None, typer.Option(metavar="PIXELS", help="Height.", show_default="384")] = None,
+    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Width.", show_default="640")] = None,
+    steps: StepsOption = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="SCALE", help="Above 1, guides by the prompt.", show_default="the variant's")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Start from this picture.")] = None,
+    video: Annotated[Path | None, typer.Option(metavar="FILE", help="Continue this video (33 frames or more).")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A prompt a line; `a prompt | 3` is for 3 chunks (else 7).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the noise.", show_default="0")] = None,
+    backend: BackendOption = None,
+    precision: PrecisionOption = None,
+    fallback: FallbackOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of --out, to the same bits.")] = False,
+    from_chunk: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Keep the first K chunks of a run and branch off.", show_default=False),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="FILE.mp4", help="The run to branch off from.", show_default="that of --out")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the video and the run of --out.")] = False,
+    sheet: Annotated[bool, typer.Option("--sheet", help="Also write frames side by side, as FILE.png.")] = False,
+) -> None:
+    """Make a video, chunk by chunk.
+
+    Each finished chunk is kept beside the video: a run can be stopped, resumed, and branched off from.
+    """
+    begin = time.perf_counter()
+    settings: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "steps": _steps(steps),
+        "guidance": guidance,
+        "seed": seed,
+    }
+    settings |= {"negative_prompt": negative, "image": image, "video": video}
+    asked = Asked(
+        prompt,
+        read_prompts(prompts) if prompts is not None else None,
+        _given(model=model, size=size, variant=variant),
+        _given(**settings),
+        _given(chunks=chunks, frames=frames, seconds=seconds),
+        out,
+        backend,
+        precision,
+        fallback,
+        resume,
+        overwrite,
+        from_chunk,
+        run,
+    )
+    job = prepare(asked)
+    _introduce(job)
+    _make(job, begin, sheet=sheet)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _steps(text: str | None) -> tuple[int, ...] | int | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise InputError(f"--steps {text}: wanted numbers of at least 1", "--steps 2, or one a stage: --steps 2,2,2")
+    return int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
+
+
+def _introduce(job: Job) -> None:
+    request, pipeline = job.request, job.pipeline
+    output.line(f"{pipeline.model.name}, on {pipeline.backend.label} in {pipeline.precision}")
+    if pipeline.random_weights:
+        output.line("RANDOM WEIGHTS: the video is noise, and says so in its frames and its metadata", "bold yellow")
+    steps = ",".join(map(str, request.steps))
+    output.line(f"{request.kind} to video, {request.width}×{request.height}, steps {steps}, seed {request.seed}")
+    output.line(f"asked for {request.asked}: {_length(job.chunks)}")
+    coverage = pipeline.coverage
+    if coverage is not None and coverage.fallbacks:
+        output.line(f"fallback: {coverage.fallbacks}")
+    for note in job.notes:
+        output.line(f"note: {note}")
+    if 0 < job.done < job.chunks:
+        output.line(f"{output.count(job.done, 'chunk')} of {job.chunks} are there; the others follow")
+
+
+def _length(chunks: int) -> str:
+    from helios.pipeline import FPS, returned_frames
+
+    count = returned_frames(chunks)
+    return f"{output.count(chunks, 'chunk')} of 33 frames make a video of {count} frames ({count / FPS:.2f} s)"
+
+
+def _make(job: Job, begin: float, *, sheet: bool) -> None:
+    from helios.pipeline.store import lock
+
+    report = Report(job.chunks)
+    with lock(job.path):
+        folder = job.begin()
+        prepared = time.perf_counter() - begin
+        try:
+            with report:
+                _repair(job, folder)
+                _run(job, folder, report)
+        except KeyboardInterrupt:
+            _stopped(job, folder)
+            raise typer.Exit(130) from None
+        except HeliosError:
+            _say_kept(job)
+            raise
+        frames = _join(job, folder, job.chunks)
+        picture = _sheet(job, folder) if sheet else None
+    _summarise(job, report, prepared, time.perf_counter() - begin)
+    if picture is not None:
+        output.line(f"contact sheet: {picture}")
+    output.line(f"kept for --resume and --from-chunk: {job.path}")
+    output.line(f"{job.out}: asked for {job.request.asked}, {output.count(frames, 'frame')} returned", "bold")
+
+
+def _run(job: Job, folder: RunFolder, report: Report) -> None:
+    """Make the chunks that are missing; each is on disk before the next one begins."""
+    if job.done >= job.chunks:
+        output.line("this run is complete: its segments are joined again, and nothing is computed")
+        return
+    for chunk in job.pipeline.run(job.request, job.state, report.step):
+        begin = time.perf_counter()
+        folder.save(chunk, _shown(job, chunk.frames))
+        job.done = chunk.index + 1
+        report.chunk(chunk.index, chunk.frames.shape[1], chunk.timings, time.perf_counter() - begin)
+        for warning in chunk.warnings:
+            report.warn(warning)
+
+
+def _shown(job: Job, frames: Tensor) -> Tensor:
+    """The one video of a batch as it is to be seen."""
+    from helios.media import mark_random
+
+    return (mark_random(frames) if job.pipeline.random_weights else frames)[0]
+
+
+def _repair(job: Job, folder: RunFolder) -> None:
+    """Encode again what was lost of finished chunks; their latents are there."""
+    from helios.pipeline.store import decode_again
+
+    for chunk in range(min(job.done, job.chunks)):
+        if not folder.segment_is_whole(chunk):
+            folder.rewrite_segment(chunk, _shown(job, decode_again(job.pipeline.codec, folder.read(chunk))))
+            output.line(
+                f"note: the segment of chunk {chunk} was lost or damaged, and is decoded again from its latents"
+            )
+
+
+def _join(job: Job, folder: RunFolder, chunks: int) -> int:
+    from helios.media import join
+    from helios.pipeline import returned_frames
+
+    frames = returned_frames(chunks)
+    told = {"asked": job.request.asked, "returned": f"{frames} frames"}
+    segments = [folder.segment(chunk) for chunk in range(chunks)]
+    return join(segments, job.out, frames=frames, metadata={**folder.about["metadata"], **told})
+
+
+def _stopped(job: Job, folder: RunFolder) -> None:
+    """After Ctrl-C: close a file that plays."""
+    if job.done:
+        frames = _join(job, folder, job.done)
+        output.line(f"stopped: {job.out} holds {output.count(frames, 'frame')}, {job.done} of {job.chunks} chunks")
+    else:
+        output.line("stopped before the first chunk was finished")
+    output.line("to go on:")
+    output.command(resume_command(job.out))
+
+
+def _say_kept(job: Job) -> None:
+    if job.done:
+        kept = f"{output.count(job.done, 'finished chunk')} kept in {job.path}"
+        typer.echo(f"{kept}; to go on after the error below: {shlex.join(resume_command(job.out))}", err=True)
+
+
+def _sheet(job: Job, folder: RunFolder) -> Path:
+    """Frames of the whole video, evenly spaced; read a segment at a time, so that length needs no memory."""
+    import torch
+
+    from helios.media import contact_sheet, read_video
+    from helios.pipeline import frames_of_chunks, returned_frames
+
+    each, total = frames_of_chunks(1), returned_frames(job.chunks)
+    chosen = [i * (total - 1) // (SHEET_FRAMES - 1) for i in range(SHEET_FRAMES)]
+    height, width = job.request.height, job.request.width
+    tiles = []
+    for chunk in range(job.chunks):
+        wanted = [frame % each for frame in chosen if frame // each == chunk]
+        if wanted:
+            tiles.append(read_video(folder.segment(chunk), height=height, width=width)[wanted])
+    return contact_sheet(torch.cat(tiles), job.out.with_suffix(".png"), tile_width=min(width, 160))
+
+
+def _summarise(job: Job, report: Report, prepared: float, total: float) -> None:
+    if not report.frames:
+        return
+    rows = [("prepare", output.seconds(prepared), "")]
+    made = report.seconds["total"] + report.seconds["write"]
+    for part in ("text", "history", "denoise", "decode", "write"):
+        spent = report.seconds[part]
+        rows.append((part, output.seconds(spent), f"{spent / made:.0%}"))
+    rows.append(("together", output.seconds(total), ""))
+    output.heading(f"{output.count(report.frames, 'frame')} at {report.frames / made:.3g} FPS")
+    output.table(["part", "time", "of the chunks"], rows, right=["time", "of the chunks"])
