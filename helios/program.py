@@ -102,8 +102,8 @@ class Program:
 
         Args:
             graph: its name in ``plan.graphs``.
-            inputs: what ``wanted`` names, on the device, of the declared shapes and dtypes and of any strides; they must
-                not be written to. The mapping itself may be consumed.
+            inputs: what ``wanted`` names, on the device, of the declared shapes and dtypes and of any strides. They
+                must not be written to; the mapping itself may be consumed.
 
         Returns:
             the outputs by name, on the device. They may share memory with inputs, but the next evaluation must not
@@ -121,11 +121,12 @@ class Program:
         placed = {name: self.place(weights.read(name), value) for name, value in self.weight_inputs().items()}
         label = Rate.WEIGHTS.label
         held = self.evaluate(label, {name: placed[name] for name in self.wanted(label)})
-        read = {v.name for name, graph in self.plan.graphs.items() if name != label for v in graph.inputs}
-        self._ready({name: tensor for name, tensor in (placed | held).items() if name in read})
+        self._ready(placed | held)
 
-    def _ready(self, weights: dict[str, Tensor]) -> None:
-        self.weights = weights
+    def _ready(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep what graphs beyond the weights phase read."""
+        read = {v.name for name, graph in self.plan.graphs.items() if name != Rate.WEIGHTS.label for v in graph.inputs}
+        self.weights = {name: tensor for name, tensor in weights.items() if name in read}
         self.evaluations[Rate.WEIGHTS] += 1
         self._loaded = True
 
@@ -238,7 +239,7 @@ class KernelProgram(Program):
 
     def load(self, weights: WeightReader) -> None:
         self._handles.clear()
-        self.weights = {}
+        self.weights, self._loaded = {}, False
         loader = _Loader(self, weights)
         phase = self._sequences[Rate.WEIGHTS.label]
         self._prepare(phase.calls, loader)
@@ -320,9 +321,8 @@ class _Sequence:
         self.calls = [
             _call(item, gone, tuple(dead[at])) for at, (item, gone) in enumerate(zip(resolved, packed, strict=True))
         ]
-        used = {v.name for call in self.calls for v in operand_values(call.operands)} | {
-            v.name for _, v in graph.outputs
-        }
+        used = {v.name for call in self.calls for v in operand_values(call.operands)}
+        used |= {v.name for _, v in graph.outputs}
         self.wanted = tuple(v.name for v in graph.inputs if v.name in used)  # of others only a packed form is left
 
     def run(self, env: dict[str, Any], handles: Mapping[Any, Any], clock: _Clock | None = None) -> dict[str, Tensor]:

@@ -186,10 +186,7 @@ def _by_op(program: Program, entry: str, context: Context) -> list[dict[str, Any
     """Seconds by op in one profiled step, the slowest first; empty for a program that runs as a whole."""
     from helios import op
     from helios.graph import Rate
-    from helios.program import KernelProgram
 
-    if not isinstance(program, KernelProgram):
-        return []
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0])
     for node, lap in program.profile(entry, _inputs(program, Rate.STEP, entry), context):
         rows[node.op][0] += 1

@@ -10,6 +10,7 @@ import torch
 
 from helios.backend import Kernel, ReferenceBackend
 from helios.cli import bench, main
+from helios.program import KernelProgram, Program
 
 TINY = ["bench", "--size", "tiny", "--height", "64", "--width", "64", "--repeat", "2", "--backend", "reference"]
 
@@ -99,7 +100,7 @@ def test_a_backend_without_a_kernel_needs_leave_to_fall_back(
 def test_a_program_that_runs_as_a_whole_tells_no_op(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("helios.program.KernelProgram", type("Other", (), {}))
+    monkeypatch.setattr(KernelProgram, "profile", Program.profile)
     assert main([*TINY, "--pyramid-stage", "0"]) == 0
     assert "tells no single op" in capsys.readouterr().out
 
