@@ -406,7 +406,10 @@ def _parse_attrs(text: str) -> tuple[tuple[str, Attr], ...]:
     call = ast.parse(f"attrs({text})", mode="eval").body
     if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
         raise GraphError(f"{{{text}}} is not a list of name=value")
-    return tuple(sorted(((str(k.arg), _parse_attr(k.value)) for k in call.keywords), key=lambda a: a[0]))
+    attrs = {str(k.arg): _parse_attr(k.value) for k in call.keywords}
+    if len(attrs) != len(call.keywords):
+        raise GraphError(f"{{{text}}} names an attribute twice")
+    return tuple(sorted(attrs.items(), key=lambda item: item[0]))
 
 
 def _parse_attr(node: ast.expr) -> Attr:
