@@ -195,6 +195,7 @@ class Pipeline:
 
         A state's own way to decode is kept, so that a resumed run gives the same bits where free memory has changed.
         """
+        denoiser = self.denoiser(request)  # first: the VAE is given a share of what its weights leave free
         if state is not None and "vae" in state.plan:
             decoding = dict(state.plan["vae"])
         else:
@@ -204,7 +205,7 @@ class Pipeline:
             "precision": self.precision,
             "fallback": self.fallback,
             "model": self.model.identity,
-            "graphs": self.denoiser(request).program.plan.digest[:16],
+            "graphs": denoiser.program.plan.digest[:16],
             "vae": decoding,
             "torch": torch.__version__,
         }

@@ -22,11 +22,13 @@ class CpuBackend(Backend):
     """Runs on the host's cores, with as many threads as torch is set to use."""
 
     name = "cpu"
-    precisions = ("bf16", "fp32", "fp64")
     fusions = ("adaln", "gated_add_adaln", "linear_gelu", "qk_norm_rope", "qkv_linear")
 
     def __init__(self, provider: str = "", index: int = 0) -> None:
         super().__init__(provider, index)
+        # Where the cores have no bfloat16 products, bf16 is slower than fp32 and not the default.
+        quick = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.precisions = ("bf16", "fp32", "fp64") if quick else ("fp32", "bf16", "fp64")
         bodies = {name: Kernel(op.get(name).fn) for name in op.names() if op.get(name).kind != "fused"}
         self.kernels: Mapping[str, Kernel] = {**bodies, **attention.KERNELS, **gemm.KERNELS, **elementwise.KERNELS}
 
