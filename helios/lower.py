@@ -8,8 +8,9 @@ from helios import op
 from helios.backend import Backend, Kernel
 from helios.errors import InputError, UnsupportedNode
 from helios.graph import Graph, Node
+from helios.kernel_program import KernelProgram, Resolved
 from helios.passes import Plan, build_plan, expand, fuse, prune
-from helios.program import Coverage, KernelProgram, Program, Resolved
+from helios.program import Coverage, Program
 
 __all__ = ["compile_kernels", "lower", "plan_for"]
 

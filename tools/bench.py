@@ -21,10 +21,10 @@ import torch
 from diffusers import HeliosTransformer3DModel
 
 from helios.backend import PRECISIONS, select
+from helios.kernel_program import KernelProgram
 from helios.lower import lower
 from helios.model.presets import SIZES
 from helios.model.transformer import DenoiseShape, HistoryShape, denoise_graph, frame_indices
-from helios.program import KernelProgram
 
 HEIGHT, WIDTH, TEXT = 24, 40, 512
 

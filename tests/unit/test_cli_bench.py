@@ -10,7 +10,8 @@ import torch
 
 from helios.backend import Kernel, ReferenceBackend
 from helios.cli import bench, main
-from helios.program import KernelProgram, Program
+from helios.kernel_program import KernelProgram
+from helios.program import Program
 
 TINY = ["bench", "--size", "tiny", "--height", "64", "--width", "64", "--repeat", "2", "--backend", "reference"]
 
