@@ -26,54 +26,75 @@ EXAMPLES = 'Example: helios generate "a lighthouse in a storm" --model PATH_OR_R
 SHEET_FRAMES = 24
 
 
+PromptArgument = Annotated[
+    str | None, typer.Argument(metavar="PROMPT", help="What the video shows.", show_default=False)
+]
+OutOption = Annotated[Path, typer.Option(metavar="FILE.mp4", help="The video; its run is kept beside it.")]
+ModelOption = Annotated[
+    str | None, typer.Option(metavar="PATH|REPO", help="A model folder, or a hub repository.", show_default=False)
+]
+RandomSizeOption = Annotated[
+    str | None, typer.Option(metavar="tiny|mini|14b", help="Instead of a model: random weights.", show_default=False)
+]
+OwnVariantOption = Annotated[
+    str | None,
+    typer.Option(metavar="base|mid|distilled", help="Way to sample.", show_default="the model's, or distilled"),
+]
+ChunksOption = Annotated[int | None, typer.Option(metavar="N", help="Length in chunks of 33 frames.")]
+SecondsOption = Annotated[float | None, typer.Option(metavar="S", help="Length at 24 frames a second.")]
+FramesOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Length in frames, rounded up to chunks.", show_default="the variant's")
+]
+OwnHeightOption = Annotated[int | None, typer.Option(metavar="PIXELS", help="Height.", show_default="384")]
+OwnWidthOption = Annotated[int | None, typer.Option(metavar="PIXELS", help="Width.", show_default="640")]
+GuidanceOption = Annotated[
+    float | None, typer.Option(metavar="SCALE", help="Above 1, guides by the prompt.", show_default="the variant's")
+]
+NegativeOption = Annotated[str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")]
+ImageOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Start from this picture.")]
+VideoOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Continue this video of 33 frames or more.")]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Prompts that take turns, one a line; `a prompt | 3` is for 3 chunks, not 7."),
+]
+SeedOption = Annotated[int | None, typer.Option(metavar="N", help="Of the noise.", show_default="0")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run of --out, to the same bits.")]
+FromChunkOption = Annotated[
+    int | None, typer.Option(metavar="K", help="Keep the first K chunks of a run and branch off.", show_default=False)
+]
+RunOption = Annotated[
+    Path | None, typer.Option(metavar="FILE.mp4", help="The run to branch off from.", show_default="that of --out")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the video of --out and its run.")]
+SheetOption = Annotated[bool, typer.Option("--sheet", help="Also write 24 of its frames side by side, as FILE.png.")]
+
+
 def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="What the video shows.", show_default=False)
-    ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE.mp4", help="The video.")] = Path("video.mp4"),
-    model: Annotated[
-        str | None, typer.Option(metavar="PATH|REPO", help="A model folder, or a hub repository.", show_default=False)
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="tiny|mini|14b", help="Instead of a model: random weights.", show_default=False),
-    ] = None,
-    variant: Annotated[
-        str | None,
-        typer.Option(metavar="base|mid|distilled", help="Way to sample.", show_default="the model's, or distilled"),
-    ] = None,
-    chunks: Annotated[int | None, typer.Option(metavar="N", help="Length in chunks of 33 frames.")] = None,
-    seconds: Annotated[float | None, typer.Option(metavar="S", help="Length at 24 frames a second.")] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Length in frames, rounded up to chunks.", show_default="the variant's"),
-    ] = None,
-    height: Annotated[int | None, typer.Option(metavar="PIXELS", help="Height.", show_default="384")] = None,
-    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Width.", show_default="640")] = None,
+    prompt: PromptArgument = None,
+    out: OutOption = Path("video.mp4"),
+    model: ModelOption = None,
+    size: RandomSizeOption = None,
+    variant: OwnVariantOption = None,
+    chunks: ChunksOption = None,
+    seconds: SecondsOption = None,
+    frames: FramesOption = None,
+    height: OwnHeightOption = None,
+    width: OwnWidthOption = None,
     steps: StepsOption = None,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="SCALE", help="Above 1, guides by the prompt.", show_default="the variant's")
-    ] = None,
-    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")] = None,
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Start from this picture.")] = None,
-    video: Annotated[Path | None, typer.Option(metavar="FILE", help="Continue this video (33 frames or more).")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A prompt a line; `a prompt | 3` is for 3 chunks (else 7).")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the noise.", show_default="0")] = None,
+    guidance: GuidanceOption = None,
+    negative: NegativeOption = None,
+    image: ImageOption = None,
+    video: VideoOption = None,
+    prompts: PromptsOption = None,
+    seed: SeedOption = None,
     backend: BackendOption = None,
     precision: PrecisionOption = None,
     fallback: FallbackOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of --out, to the same bits.")] = False,
-    from_chunk: Annotated[
-        int | None,
-        typer.Option(metavar="K", help="Keep the first K chunks of a run and branch off.", show_default=False),
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option(metavar="FILE.mp4", help="The run to branch off from.", show_default="that of --out")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the video and the run of --out.")] = False,
-    sheet: Annotated[bool, typer.Option("--sheet", help="Also write frames side by side, as FILE.png.")] = False,
+    resume: ResumeOption = False,
+    from_chunk: FromChunkOption = None,
+    run: RunOption = None,
+    overwrite: OverwriteOption = False,
+    sheet: SheetOption = False,
 ) -> None:
     """Make a video, chunk by chunk.
 
@@ -149,15 +170,15 @@ def _make(job: Job, begin: float, *, sheet: bool) -> None:
     from helios.pipeline.store import lock
 
     report = Report(job.chunks)
+    prepared = time.perf_counter() - begin
     with lock(job.path):
-        folder = job.begin()
-        prepared = time.perf_counter() - begin
         try:
+            folder = job.begin()
             with report:
                 _repair(job, folder)
                 _run(job, folder, report)
         except KeyboardInterrupt:
-            _stopped(job, folder)
+            _stopped(job)
             raise typer.Exit(130) from None
         except HeliosError:
             _say_kept(job)
@@ -214,11 +235,13 @@ def _join(job: Job, folder: RunFolder, chunks: int) -> int:
     return join(segments, job.out, frames=frames, metadata={**folder.about["metadata"], **told})
 
 
-def _stopped(job: Job, folder: RunFolder) -> None:
+def _stopped(job: Job) -> None:
     """After Ctrl-C: close a file that plays."""
-    if job.done:
-        frames = _join(job, folder, job.done)
-        output.line(f"stopped: {job.out} holds {output.count(frames, 'frame')}, {job.done} of {job.chunks} chunks")
+    # The disk knows best: the signal may have come between a chunk's last byte and the next line of the program.
+    done = job.folder.finished().count if job.folder is not None else 0
+    if job.folder is not None and done:
+        frames = _join(job, job.folder, min(done, job.chunks))
+        output.line(f"stopped: {job.out} holds {output.count(frames, 'frame')}, {done} of {job.chunks} chunks")
     else:
         output.line("stopped before the first chunk was finished")
     output.line("to go on:")
