@@ -202,7 +202,7 @@ def _call(item: Resolved, packed: frozenset[int], dead: tuple[str, ...]) -> _Cal
     key: tuple[Any, ...] | None = None
     if packed:
         names = tuple(tuple(v.name for v in operand_values([node.inputs[i]])) for i in sorted(packed))
-        key = (node.op, node.attrs, id(item.kernel), names)
+        key = (node.op, node.attrs, item.kernel.prepare, names)
     operands = tuple(x for i, x in enumerate(node.inputs) if i not in packed)
     outputs = tuple(v.name for v in node.outputs)
     attrs = dict(node.attrs)

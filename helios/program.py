@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import types
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -63,6 +64,9 @@ class Context:
     """Values at slower rates, on the device. Immutable; ``a | b`` is a context with the values of both."""
 
     values: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", types.MappingProxyType(dict(self.values)))
 
     def __or__(self, other: Context) -> Context:
         return Context({**self.values, **other.values})
