@@ -73,7 +73,7 @@ class Backend:
     precisions: tuple[str, ...] = ("fp32", "bf16")
     """Names of the precisions that this backend offers, its default first."""
     fusions: tuple[str, ...] = ()
-    """Fused ops that it wants; each needs a kernel."""
+    """Fused ops that it wants; each needs a kernel. All others reach it written out as core ops."""
     kernels: Mapping[str, Kernel] = {}
     """By op name."""
 
@@ -92,11 +92,15 @@ class Backend:
         return torch.device("cpu")
 
     def supports(self, node: Node) -> str | None:
-        """``None`` if this backend runs the node, or the reason why not. Sees types, rates and attributes."""
+        """``None`` if this backend runs the node, or the reason why not. Sees types, rates and attributes.
+
+        A whole-graph engine overrides this together with ``compile``; both are asked with fused and with core nodes.
+        """
         return None if node.op in self.kernels else "no kernel"
 
     def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
-        """A program for the plan. Whole-graph engines override this; others get one kernel a node."""
+        """A program for the plan. Whole-graph engines override this and return a ``Program`` that supplies
+        ``evaluate``; others get one kernel a node."""
         from helios.lower import compile_kernels
 
         return compile_kernels(plan, self, fallback=fallback)
