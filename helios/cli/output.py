@@ -124,13 +124,13 @@ def teraflops(flops: float) -> str:
 def seconds(value: float) -> str:
     """Seconds for people.
 
-    >>> seconds(3045.6), seconds(12.345), seconds(0.0123), seconds(0.0000123)
-    ('3,046 s', '12.3 s', '12.3 ms', '12.3 µs')
+    >>> seconds(3045.6), seconds(12.345), seconds(0.9997), seconds(0.0123), seconds(0.0000123)
+    ('3,046 s', '12.3 s', '1 s', '12.3 ms', '12.3 µs')
     """
     if value >= 100:
         return f"{value:,.0f} s"
     for unit, factor in (("s", 1), ("ms", 1e3)):
-        if value * factor >= 1:
+        if value * factor >= 0.9995:  # what three digits round to 1
             return f"{value * factor:.3g} {unit}"
     return f"{value * 1e6:.3g} µs"
 

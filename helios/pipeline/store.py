@@ -43,7 +43,7 @@ SEGMENT_NAME = "segment-{:05d}.mp4"
 _OURS = re.compile(r"\.?((chunk|segment)-\d{5,}\.(safetensors|mp4)|run\.json)(\.part)?|\.lock")
 
 BYTES_A_PIXEL = 1.0
-"""Room kept for an encoded pixel. Measured: 0.75 for the noise that `tiny` makes; pictures need a fraction of it."""
+"""Room kept for an encoded pixel. The noise that ``tiny`` makes at 64×64 took 0.65, at 128×192 0.57."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
