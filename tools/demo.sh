@@ -25,7 +25,7 @@ import sys
 from PIL import Image, ImageDraw
 
 picture = Image.linear_gradient("L").resize((384, 256))
-picture = Image.merge("RGB", (picture.point(lambda v: 40 + v // 3), picture.point(lambda v: 60 + v // 2), picture))
+picture = Image.merge("RGB", (picture.point(lambda v: 40 + v // 3), picture.point(lambda v: 60 + v // 2), picture.point(lambda v: 110 + v // 2)))
 draw = ImageDraw.Draw(picture)
 draw.rectangle((0, 190, 384, 256), fill=(20, 50, 90))
 draw.polygon([(170, 200), (182, 80), (202, 80), (214, 200)], fill=(230, 225, 215))

@@ -158,7 +158,8 @@ class RunFolder:
 
         tensors, metadata = saved.state.to_tensors()
         tensors["latents"] = saved.latents.contiguous()
-        metadata |= {"segment": saved.segment, "digest": _digest(tensors)}
+        metadata["segment"] = saved.segment
+        metadata["digest"] = _digest(tensors, metadata)
         with atomic(self.path / STATE_NAME.format(chunk)) as part:
             part.write_bytes(save(tensors, metadata))
 
@@ -171,13 +172,14 @@ class RunFolder:
             with safe_open(str(path), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
                 metadata = file.metadata() or {}
-            digest, latents, segment = metadata["digest"], tensors.pop("latents"), metadata["segment"]
+            digest, segment = metadata.pop("digest"), metadata["segment"]
         except FileNotFoundError as error:
             raise StateError(f"{path} is missing") from error
         except (SafetensorError, KeyError, OSError) as error:
             raise StateError(f"{path} is damaged: {error}") from error
-        if digest != _digest({**tensors, "latents": latents}):
+        if digest != _digest(tensors, metadata):
             raise StateError(f"{path} is damaged: its content does not have the digest that was saved with it")
+        latents = tensors.pop("latents")
         return Saved(RunState.from_tensors(tensors, metadata), latents, segment)
 
     def finished(self) -> Finished:
@@ -266,8 +268,8 @@ def _sha(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    sha = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    sha = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
