@@ -144,7 +144,7 @@ def _steps(text: str | None) -> tuple[int, ...] | int | None:
 
 def _introduce(job: Job) -> None:
     request, pipeline = job.request, job.pipeline
-    output.line(f"{pipeline.model.name}, on {pipeline.backend.label} in {pipeline.precision}")
+    typer.echo(f"{pipeline.model.name}, on {pipeline.backend.label} in {pipeline.precision}")  # a path is not wrapped
     if pipeline.random_weights:
         output.line("RANDOM WEIGHTS: the video is noise, and says so in its frames and its metadata", "bold yellow")
     steps = ",".join(map(str, request.steps))
@@ -154,7 +154,7 @@ def _introduce(job: Job) -> None:
     if coverage is not None and coverage.fallbacks:
         output.line(f"fallback: {coverage.fallbacks}")
     for note in job.notes:
-        output.line(f"note: {note}")
+        typer.echo(f"note: {note}")
     if 0 < job.done < job.chunks:
         output.line(f"{output.count(job.done, 'chunk')} of {job.chunks} are there; the others follow")
 
@@ -187,9 +187,10 @@ def _make(job: Job, begin: float, *, sheet: bool) -> None:
         picture = _sheet(job, folder) if sheet else None
     _summarise(job, report, prepared, time.perf_counter() - begin)
     if picture is not None:
-        output.line(f"contact sheet: {picture}")
-    output.line(f"kept for --resume and --from-chunk: {job.path}")
-    output.line(f"{job.out}: asked for {job.request.asked}, {output.count(frames, 'frame')} returned", "bold")
+        typer.echo(f"contact sheet: {picture}")
+    typer.echo(f"kept for --resume and --from-chunk: {job.path}")
+    returned = f"asked for {job.request.asked}, {output.count(frames, 'frame')} returned"
+    typer.secho(f"{job.out}: {returned}", bold=True)
 
 
 def _run(job: Job, folder: RunFolder, report: Report) -> None:
@@ -241,11 +242,10 @@ def _stopped(job: Job) -> None:
     done = job.folder.finished().count if job.folder is not None else 0
     if job.folder is not None and done:
         frames = _join(job, job.folder, min(done, job.chunks))
-        output.line(f"stopped: {job.out} holds {output.count(frames, 'frame')}, {done} of {job.chunks} chunks")
+        typer.echo(f"stopped: {job.out} holds {output.count(frames, 'frame')}, {done} of {job.chunks} chunks")
     else:
         output.line("stopped before the first chunk was finished")
-    output.line("to go on:")
-    output.command(resume_command(job.out))
+    typer.echo(f"to go on: {shlex.join(resume_command(job.out))}")
 
 
 def _say_kept(job: Job) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helios.cli import output
 from helios.errors import InputError, StateError
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ class Job:
 
         if self.folder is None:
             self.folder = RunFolder.create(self.path, self.about, self.origin)
+        elif dict(self.about) != dict(self.folder.about):
+            self.folder = RunFolder(self.path, self.about)
+            self.folder.note({})
         return self.folder
 
 
@@ -182,10 +186,12 @@ def _go_on(asked: Asked, path: Path) -> Job:
     request = _request(pipeline, asked, about, started=state is not None)
     if state is not None and finished.count > first:
         _refuse(_differences(asked, request, state, finished, first), path, finished)
+    about = _renewed(_about(asked, pipeline, request, about), folder, finished)
     job = Job(pipeline, request, asked.out, path, about, state, finished.count, folder=folder)
     if finished.problem:
         again = f"chunk {finished.count} and those after it are made again"
-        job.notes.append(f"{finished.problem}; {finished.count} chunks before it are whole, {again}")
+        whole = "nothing before it" if not finished.count else f"{output.count(finished.count, 'chunk')} before it kept"
+        job.notes.append(f"{finished.problem}; {whole}, {again}")
     if finished.count < job.chunks and state is not None and finished.count > first:
         plan = pipeline.plan(request, state)
         _refuse(state.differences(state.settings, plan), path, finished)
@@ -222,7 +228,7 @@ def _branch(asked: Asked) -> Job:
         raise InputError(why, f"--chunks {count + 1}, or more")
     made = _about(asked, pipeline, request, about) | {"first": count, "branch_of": str(old.absolute())}
     job = Job(pipeline, request, out, path, made, state, count, (source, count))
-    job.notes.append(f"branches off from {old} behind its first {count} chunks, which stay as they are")
+    job.notes.append(f"branches off from {old} behind its first {count} chunks")
     return _checked(job)
 
 
@@ -373,6 +379,24 @@ def _free_name(out: Path, chunk: int) -> Path:
         if not name.exists() and not RunFolder.beside(name).exists():
             return name
         number += 1
+
+
+def _renewed(made: Mapping[str, Any], folder: RunFolder, finished: Finished) -> dict[str, Any]:
+    """What ``run.json`` is to say when a run goes on.
+
+    As long as no chunk of its own is finished, anything may change; then only its length and where its model lies.
+    """
+    about, made = folder.about, json.loads(json.dumps(made))
+    if finished.count > about["first"]:
+        return {**about, "model": made["model"], "length": made["length"]}
+    kept = {name: about[name] for name in ("format", "first", "branch_of") if name in about}
+    shaping = ("settings", "prompt", "schedule", "execution", "start")
+    changed = [
+        f"{name}: {about[name]} was saved, {made[name]} is asked for" for name in shaping if about[name] != made[name]
+    ]
+    if finished.problem:  # later chunks are there, and must not be mixed with others
+        _refuse(changed, folder.path, finished)
+    return {**made, **kept}
 
 
 def _model_difference(state: RunState, pipeline: Pipeline, asked: Asked, about: Mapping[str, Any]) -> str:
