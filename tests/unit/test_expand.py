@@ -13,7 +13,7 @@ from helios.model import presets
 from helios.ops.norm import gated_add_adaln
 from helios.ops.pointwise import add
 from helios.ops.sampler import unipc_step
-from helios.passes import expand
+from helios.passes import Plan, expand
 from helios.pipeline.denoise import Layout, denoise_graphs
 from helios.pipeline.history import Window
 
@@ -33,7 +33,7 @@ def residual() -> Graph:
 
 class Listing(Backend):
     name = "listing"
-    fusions = ("gated_add_adaln",)
+    fusions: tuple[str, ...] = ("gated_add_adaln",)
     kernels = ReferenceBackend().kernels
 
 
@@ -76,13 +76,57 @@ def test_only_what_a_backend_lists_and_supports_stays_fused(backend: Backend, fu
     assert found.count("gated_add_adaln") == fused
 
 
-@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
-def test_a_backend_with_core_ops_alone_runs_every_entry_of_a_pipeline(variant: str) -> None:
+class Everything(Listing):
+    name = "everything"
+    fusions = (
+        "adaln",
+        "gated_add_adaln",
+        "linear_gelu",
+        "qk_norm_rope",
+        "qkv_linear",
+        "renoise_upsample",
+        "unipc_step",
+    )
+
+
+def pipeline_plan(variant: str, backend: Backend) -> Plan:
     sizes, sampling = presets.size("tiny"), presets.variant(variant)
     layout = Layout(1, 16, 16, 8, Window())
-    graphs = denoise_graphs(sizes.transformer, sampling.scheduler, sampling.pipeline, layout, F32)
-    plan = plan_for(graphs, ReferenceBackend())
+    return plan_for(denoise_graphs(sizes.transformer, sampling.scheduler, sampling.pipeline, layout, F32), backend)
+
+
+VARIANTS = ("base", "mid", "distilled")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_backend_with_core_ops_alone_runs_every_entry_of_a_pipeline(variant: str) -> None:
+    plan = pipeline_plan(variant, ReferenceBackend())
     assert {op.get(name).kind for graph in plan.graphs.values() for name in ops(graph)} == {"move", "round", "reduce"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_networks_stand_in_the_order_of_the_fused_ops(variant: str) -> None:
+    """Fusion looks at consecutive nodes: a network in another order would stay unfused, and nobody would notice."""
+    plan = pipeline_plan(variant, Everything())
+    found = {name for graph in plan.graphs.values() for name in ops(graph)}
+    assert not found & {"modulate", "gelu", "rope", "blend", "unipc_predict"}
+    layers, text = 2, 2  # of ``tiny``; a block normalises and multiplies text keys by themselves
+    for name, graph in plan.steps.items():
+        if name.startswith("denoise"):
+            counts = {fused: ops(graph).count(fused) for fused in Everything.fusions[:5]}
+            assert counts["qk_norm_rope"] == counts["linear_gelu"] == layers
+            assert counts["qkv_linear"] == layers - 1  # the last block takes fewer queries than keys
+            assert counts["adaln"] + counts["gated_add_adaln"] == 2 * layers + 1
+            assert ops(graph).count("rms_norm") == text
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_fused_op_draws_work_out_of_a_slower_phase(variant: str) -> None:
+    plan = pipeline_plan(variant, Everything())
+    nodes = [node for graph in plan.graphs.values() for node in graph.nodes if op.get(node.op).kind == "fused"]
+    inner = [(node, part) for node in nodes for part in op.expand(node).nodes]
+    late = {part.op for node, part in inner if part.outputs[0].rate < node.outputs[0].rate}
+    assert all(op.get(name).kind == "move" for name in late)
 
 
 def test_the_arithmetic_stays_the_same() -> None:
