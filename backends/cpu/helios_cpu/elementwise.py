@@ -100,9 +100,10 @@ def _norm_rope(x: Tensor, weight: Tensor, turns: Tensor, heads: int, eps: float)
     wide = weight.to(acc)
     for i in range(b):
         for at in _blocks(0, s, d):
-            rows = x[i, at].to(acc)
-            norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(d).add_(eps).rsqrt_()
-            scaled = torch.mul(rows, norm).mul_(wide)
+            rows = x[i, at].to(acc).contiguous()
+            # A number a row: in float64, so that the way from the norm to its inverse rounds once.
+            norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).double()
+            scaled = torch.mul(rows, norm.square_().div_(d).add_(eps).rsqrt_().to(acc)).mul_(wide)
             out[i, at] = _rotate(scaled.unflatten(-1, (heads, -1)), turns[at])
     return out
 

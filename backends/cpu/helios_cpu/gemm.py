@@ -32,7 +32,8 @@ def _pack(weight: Tensor, bias: Tensor | None) -> _Packed:
     opaque = weight.dtype in _PACKABLE and torch.backends.mkldnn.is_available()
     # The layout is chosen for a number of rows, which is not known at load; 1024 stands for "many".
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1024) if opaque else weight
-    return _Packed(packed, bias, weight.shape[0], opaque)
+    # oneDNN reads a bias as if it were contiguous, whatever its strides.
+    return _Packed(packed, None if bias is None else bias.contiguous(), weight.shape[0], opaque)
 
 
 def _product(x: Tensor, w: _Packed, post: str = "none", algorithm: str = "") -> Tensor:
@@ -52,9 +53,10 @@ def _linear_gelu(w: _Packed, x: Tensor) -> Tensor:
 
 
 def _prepare_qkv(_x: None, wq: Tensor, wk: Tensor, wv: Tensor, *biases: Tensor | None) -> tuple[_Packed, list[int]]:
-    present = [b for b in biases if b is not None]
-    bias = torch.cat(present) if present else None
-    return _pack(torch.cat((wq, wk, wv)), bias), [w.shape[0] for w in (wq, wk, wv)]
+    weights = (wq, wk, wv)
+    filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    bias = None if all(b is None for b in biases) else torch.cat(filled)
+    return _pack(torch.cat(weights), bias), [w.shape[0] for w in weights]
 
 
 def _qkv(handle: tuple[_Packed, list[int]], x: Tensor) -> tuple[Tensor, ...]:
