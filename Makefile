@@ -53,7 +53,7 @@ format: setup ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 bench: setup ## speed on this CPU, side by side with diffusers
-	$(BIN)/python tools/bench.py
+	$(BIN)/python tools/bench.py --compiled --out out/bench.json
 
 clean: ## remove .venv and everything that was built or cached
 	rm -rf .venv build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from diffusers import HeliosTransformer3DModel
 
+from helios import op
 from helios.backend import PRECISIONS, select
 from helios.kernel_program import KernelProgram
 from helios.lower import lower
@@ -30,11 +31,13 @@ HEIGHT, WIDTH, TEXT = 24, 40, 512
 
 
 def main() -> None:
+    """Measure, print each row as it comes, and write the report."""
     """Measure what the arguments ask for, print a table, and write the report."""
     args = _arguments()
     rows = [row for precision in args.precision for row in _measure(args, precision)]
     report = {"machine": _machine(), "size": args.size, "latent": [HEIGHT, WIDTH], "pairs": args.pairs, "rows": rows}
     if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["machine"]))
 
@@ -47,7 +50,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--compiled", action="store_true", help="also against torch.compile of diffusers")
-    parser.add_argument("--profile", action="store_true", help="seconds by op of one step")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -72,8 +74,10 @@ def _measure(args: argparse.Namespace, precision: str) -> list[dict[str, Any]]:
             print(rows[-1], flush=True)
         rows.append({"precision": precision, "stage": stage, "against": "step 1", **_pairs(ours, first, 3)})
         print(rows[-1], flush=True)
-        if args.profile:
-            case.print_profile(stage)
+        profile = case.profile(stage)
+        rows.append({"precision": precision, "stage": stage, "profile": profile})
+        for name, row in list(profile.items())[:8]:
+            print("   ", name, row, flush=True)
     return rows
 
 
@@ -168,13 +172,21 @@ class _Case:
             )[0]
         return result
 
-    def print_profile(self, stage: int) -> None:
+    def profile(self, stage: int) -> dict[str, dict[str, float]]:
+        """Calls, milliseconds and, where the op multiplies matrices, GFLOP/s of each op in one step."""
         inputs = {"sample": self.samples[stage], "timestep": self.timestep}
-        totals: dict[str, list[float]] = {}
+        rows: dict[str, dict[str, float]] = {}
         for node, seconds in self.program.profile(str(stage), inputs, self.context):
-            totals.setdefault(node.op, []).append(seconds)
-        for name, laps in sorted(totals.items(), key=lambda item: -sum(item[1])):
-            print(f"  {name:18} {len(laps):4} × {1e3 * sum(laps) / len(laps):8.2f} ms = {1e3 * sum(laps):8.1f} ms")
+            row = rows.setdefault(node.op, {"calls": 0, "ms": 0.0, "gflop": 0.0})
+            row["calls"] += 1
+            row["ms"] += 1e3 * seconds
+            row["gflop"] += op.cost(node).flops / 1e9
+        for row in rows.values():
+            gflop, seconds = row.pop("gflop"), row["ms"] / 1e3
+            row["ms"] = round(row["ms"], 2)
+            if gflop:
+                row["gflops"] = round(gflop / seconds)
+        return dict(sorted(rows.items(), key=lambda item: -item[1]["ms"]))
 
 
 class _StateDict:
