@@ -20,8 +20,8 @@ print(made, *(line.split()[1] for line in lines if line.startswith("VmHWM")))
 def peak_kib(chunks: int) -> int:
     """Largest resident size in KiB of a process of its own that makes that many chunks and keeps none.
 
-    Every freed tensor goes straight back to the system there: what the C library keeps for later differs between runs of
-    the same program by 40 MB, and would hide what is looked for.
+    Every freed tensor goes straight back to the system there: what the C library keeps for later differs between runs
+    of the same program by 40 MB, and would hide what is looked for.
     """
     returned = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", SCRIPT, str(chunks)]
