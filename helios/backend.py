@@ -277,7 +277,7 @@ def parse_spec(spec: str) -> tuple[str, str, int]:
     """``name[:provider][:index]`` in its three parts."""
     name, *rest = spec.split(":")
     index = int(rest.pop()) if rest and rest[-1].isdigit() else 0
-    if not name or len(rest) > 1:
+    if not name or len(rest) > 1 or "" in rest:
         raise InputError(f"{spec!r} is not a backend", fix="write name[:provider][:index], such as cuda:1 or ort:cuda")
     return name, rest[0] if rest else "", index
 
