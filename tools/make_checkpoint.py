@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from helios.errors import HeliosError, InputError
 from helios.model.config import TextConfig
@@ -162,9 +162,17 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def _save(path: Path, source: WeightSource, names: list[str]) -> None:
+    """Write one shard, the same bytes each time: safetensors itself writes metadata in a random order."""
     # The mark travels with the weights: whoever makes a video of them can see that it means nothing.
-    metadata = {"format": "pt", "random_weights": source.origin}
-    save_file({name: source.read(name) for name in names}, path, metadata=metadata)
+    data = save({name: source.read(name) for name in names}, {"format": "pt", "random_weights": source.origin})
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]):
+            file.write(part)
 
 
 def main(argv: list[str] | None = None) -> int:
