@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from PIL import Image
 
 from helios.cli import main
 from helios.media import finished_segments, read_metadata, read_video
-from helios.pipeline import returned_frames
+from helios.pipeline import Chunk, returned_frames
 from helios.pipeline.store import RunFolder
 
 SMALL = ["--height", "64", "--width", "64", "--steps", "1", "--seed", "5", "--backend", "cpu", "--precision", "fp32"]
@@ -93,12 +95,33 @@ def require_same(out: Path, other: Path) -> None:
     assert not different, f"differ: {different}"
 
 
+@contextmanager
+def watched() -> Iterator[dict[int, torch.Tensor]]:
+    """The frames of each chunk that is saved meanwhile, before they are encoded."""
+    made: dict[int, torch.Tensor] = {}
+    save = RunFolder.save
+
+    def keeping(self: RunFolder, chunk: Chunk, frames: torch.Tensor) -> None:
+        made[chunk.index] = frames.clone()
+        save(self, chunk, frames)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "save", keeping)
+        yield made
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, uninterrupted."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, torch.Tensor]]:
+    """The same run, not killed: its video, and its frames before they were encoded."""
     out = tmp_path_factory.mktemp("whole") / "boat.mp4"
-    assert main(arguments(out)) == 0
-    return out
+    with watched() as frames:
+        assert main(arguments(out)) == 0
+    return out, frames
+
+
+@pytest.fixture
+def whole(uninterrupted: tuple[Path, dict[int, torch.Tensor]]) -> Path:
+    return uninterrupted[0]
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 60.0) -> None:
@@ -125,24 +148,19 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("after", "where"), POINTS)
-def test_killed_at_any_boundary(after: int, where: str, killed: Path, whole: Path) -> None:
+def test_killed_at_any_boundary(
+    after: int, where: str, killed: Path, uninterrupted: tuple[Path, dict[int, torch.Tensor]]
+) -> None:
     out = killed_video(killed, after, where)
     assert not out.exists()
     folder = RunFolder.open(RunFolder.beside(out))
     assert folder.finished().count == after
     assert len(finished_segments(folder.path)) == after + (where == "between")
-    made: list[int] = []
-    save = RunFolder.save
-
-    def counted(self: RunFolder, chunk: object, frames: torch.Tensor) -> None:
-        made.append(chunk.index)  # type: ignore[attr-defined]
-        save(self, chunk, frames)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "save", counted)
+    with watched() as frames:
         assert main(arguments(out, "--resume")) == 0
-    assert made == list(range(after, CHUNKS))
-    require_same(out, whole)
+    assert list(frames) == list(range(after, CHUNKS))
+    assert all(torch.equal(frames[chunk], uninterrupted[1][chunk]) for chunk in frames)
+    require_same(out, uninterrupted[0])
 
 
 def test_killed_from_outside_in_the_middle_of_a_video_from_an_image(tmp_path: Path) -> None:
