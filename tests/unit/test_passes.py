@@ -21,6 +21,7 @@ from helios.fit.costs import Setting, phase_costs, stage_graphs
 from helios.graph import Builder, Graph, Node, Rate, Value
 from helios.lower import lower
 from helios.model.presets import SIZES, VARIANTS
+from helios.op import Arg, Sample
 from helios.ops.layout import concat, expand, full, narrow, reshape, unbind
 from helios.ops.linear import linear
 from helios.ops.norm import layer_norm, modulate, rms_norm
@@ -187,6 +188,20 @@ def normed(build: Builder, eps: float = 1e-6, dtype: torch.dtype = F32) -> tuple
     row = build.input("row", (1, 2, 8), F32, Rate.STEP)
     inner = layer_norm(x, eps=eps, dtype=dtype)
     return inner, modulate(inner, row, row, split=1, dtype=BF16)
+
+
+@pytest.mark.parametrize("fusions", [("linear_gelu", "linear_gelu_silu"), ("linear_gelu_silu", "linear_gelu")])
+def test_the_longest_composition_wins(monkeypatch: pytest.MonkeyPatch, fusions: tuple[str, str]) -> None:
+    monkeypatch.setattr(ops, "_registry", dict(ops._registry))
+
+    @ops.op(dims="..., o i -> ...", kind="fused", samples=lambda: [Sample("s", (Arg((2, 4)), Arg((4, 4))))])
+    def linear_gelu_silu(x: Tensor, weight: Tensor) -> Tensor:
+        return silu(gelu(linear(x, weight)))
+
+    with Builder("g") as build:
+        x, w = build.input("x", (2, 4), F32, Rate.STEP), build.input("w", (4, 4), F32, Rate.WEIGHTS)
+        build.output("y", silu(gelu(linear(x, w))))
+    assert [node.op for node in fuse(build.graph(), fusions)[0].nodes] == [linear_gelu_silu.name]
 
 
 def test_attributes_are_carried_over() -> None:
