@@ -347,7 +347,11 @@ def _checked(job: Job) -> Job:
     factor = job.pipeline.model.vae.scale_factor_spatial
     frame = 4 * job.pipeline.model.vae.z_dim * (request.height // factor) * (request.width // factor)
     a_chunk = chunk_bytes(request.height, request.width, 9 * frame, request.window.length * frame)
-    need_space(job.path, (left + (job.origin[1] if job.origin else 0)) * a_chunk, purpose=f"{left} chunks of video")
+    need_space(
+        job.path,
+        (left + (job.origin[1] if job.origin else 0)) * a_chunk,
+        purpose=f"a video of {output.count(left, 'chunk')}",
+    )
     job.pipeline.plan(request, job.state)
     return job
 

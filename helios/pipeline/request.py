@@ -303,13 +303,17 @@ def _length(given: Mapping[str, Any], script: Script | None, variant: Variant) -
     if len(named) > 1:
         raise InputError(f"{' and '.join(named)} are given, but each of them is the length", f"give {named[0]} alone")
     if not named and script is not None:
-        return script.chunks, f"{script.chunks} chunks" if script.chunks else "a video without end"
+        return script.chunks, _counted(script.chunks, "chunks") if script.chunks else "a video without end"
     name = named[0] if named else "frames"
     value = given.get(name, variant.frames)
     if name == "chunks":
-        return checks.whole("chunks", value, 1), f"{value} chunks"
+        return checks.whole("chunks", value, 1), _counted(value, name)
     frames = math.ceil(checks.above("seconds", value, 0.0) * FPS) if name == "seconds" else checks.whole(name, value, 1)
-    return math.ceil(frames / frames_of_chunks(1)), f"{value:g} {name}"
+    return math.ceil(frames / frames_of_chunks(1)), _counted(value, name)
+
+
+def _counted(value: float, name: str) -> str:
+    return f"{value:g} {name.removesuffix('s') if value == 1 else name}"
 
 
 def _interpolation(given: Mapping[str, Any], script: Script | None) -> int | None:

@@ -429,7 +429,7 @@ def test_too_little_disk_is_told_before_anything_starts(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     error = refused(capsys, "a", *SIZE, "--chunks", 44, "--out", tmp_path / "boat.mp4")
-    assert "44 chunks of video needs" in error
+    assert "a video of 44 chunks needs" in error
     assert "where 1.0 MB are free" in error
     assert list(tmp_path.iterdir()) == []
 

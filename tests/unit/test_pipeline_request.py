@@ -175,7 +175,7 @@ def test_load_refuses(tmp_path: Path) -> None:
 def test_a_folder_knows_its_variant(tmp_path: Path, make_checkpoint: Any) -> None:
     make_checkpoint.write_checkpoint(tmp_path / "m", size_name="tiny", variant_name="mid")
     pipeline = helios.load(tmp_path / "m", backend="reference", variant="mid")
-    assert (pipeline.variant, pipeline.random_weights) == ("mid", False)
+    assert (pipeline.variant, pipeline.random_weights) == ("mid", True)
     with pytest.raises(InputError, match="is a mid model, not base"):
         helios.load(tmp_path / "m", backend="reference", variant="base")
 
