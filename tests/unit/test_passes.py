@@ -194,13 +194,15 @@ def normed(build: Builder, eps: float = 1e-6, dtype: torch.dtype = F32) -> tuple
 def test_the_longest_composition_wins(monkeypatch: pytest.MonkeyPatch, fusions: tuple[str, str]) -> None:
     monkeypatch.setattr(ops, "_registry", dict(ops._registry))
 
-    @ops.op(dims="..., o i -> ...", kind="fused", samples=lambda: [Sample("s", (Arg((2, 4)), Arg((4, 4))))])
-    def linear_gelu_silu(x: Tensor, weight: Tensor) -> Tensor:
-        return silu(gelu(linear(x, weight)))
+    sample = Sample("small", (Arg((2, 4)), Arg((4, 4)), Arg((4,))))
+
+    @ops.op(dims="..., o i, o -> ...", kind="fused", samples=lambda: [sample])
+    def linear_gelu_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return silu(gelu(linear(x, weight, bias)))
 
     with Builder("g") as build:
         x, w = build.input("x", (2, 4), F32, Rate.STEP), build.input("w", (4, 4), F32, Rate.WEIGHTS)
-        build.output("y", silu(gelu(linear(x, w))))
+        build.output("y", silu(gelu(linear(x, w, build.input("b", (4,), F32, Rate.WEIGHTS)))))
     assert [node.op for node in fuse(build.graph(), fusions)[0].nodes] == [linear_gelu_silu.name]
 
 
