@@ -61,6 +61,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _linear_gelu_samples() -> list[Sample]:
     return [
         Sample("small", (Arg((2, 5, 24)), *_weights(32, 24))),
+        Sample("nobias", (Arg((2, 5, 24)), *_weights(8, 24, bias=False))),
         Sample("odd", (Arg((1, 7, 33), "outliers"), *_weights(17, 33))),
         *(Sample(f"ffn_up_{n}", (Arg((1, s, 5120)), *_weights(13824, 5120)), big=True) for n, s in STAGES.items()),
         Sample("text", (Arg((1, 512, 4096)), *_weights(5120, 4096)), big=True),
@@ -74,11 +75,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _qkv_samples() -> list[Sample]:
-    def case(name: str, s: int, d: int, big: bool = False) -> Sample:
-        weight, bias = _weights(d, d)
-        return Sample(name, (Arg((1, s, d)), weight, weight, weight, bias, bias, bias), big=big)
+    def case(name: str, s: int, d: int, big: bool = False, bias: bool = True) -> Sample:
+        weight, b = _weights(d, d, bias)
+        return Sample(name, (Arg((1, s, d)), weight, weight, weight, b, b, b), big=big)
 
-    return [case("small", 5, 24), case("odd", 7, 33), *(case(n, s, 5120, True) for n, s in STAGES.items())]
+    small = [case("small", 5, 24), case("nobias", 5, 24, bias=False), case("odd", 7, 33)]
+    return [*small, *(case(n, s, 5120, True) for n, s in STAGES.items())]
 
 
 @op(dims="..., o i, p i, r i, o?, p?, r? -> ..., ..., ...", kind="fused", samples=_qkv_samples)

@@ -214,6 +214,18 @@ def test_attributes_are_carried_over() -> None:
     assert node.attributes == {"eps": 1e-3, "split": 1}
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_with_and_without_optional_operands(bias: bool) -> None:
+    with Builder("g") as build:
+        x = build.input("x", (1, 2, 4), F32, Rate.STEP)
+        w = build.input("w", (4, 4), F32, Rate.WEIGHTS)
+        b = build.input("b", (4,), F32, Rate.WEIGHTS) if bias else None
+        build.output("y", gelu(linear(x, w, b)))
+        for i in range(3):
+            build.output(str(i), linear(x, w, b))
+    assert [node.op for node in fuse(build.graph(), FUSIONS)[0].nodes] == ["linear_gelu", "qkv_linear"]
+
+
 def test_not_where_an_intermediate_is_used_elsewhere() -> None:
     with Builder("g") as build:
         inner, out = normed(build)
