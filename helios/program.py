@@ -140,7 +140,8 @@ class Program:
             a context with the inputs and the held values of that phase.
         """
         rate = self.phase_of(inputs)
-        given = self._given(rate.label, inputs, rate)
+        # Copies: a caller who writes to a tensor after binding it must not change a context.
+        given = {name: tensor.clone() for name, tensor in self._given(rate.label, inputs, rate).items()}
         environment = self._environment(rate.label, given, context)
         self.evaluations[rate] += 1
         return Context({**given, **self.evaluate(rate.label, environment)})

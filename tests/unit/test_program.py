@@ -88,6 +88,18 @@ def test_a_context_is_never_changed_by_another() -> None:
     assert torch.equal(made.run("main", {"sample": draw(0)}, contexts(made, 1))["y"], first)
 
 
+def test_writing_to_a_tensor_after_binding_it_changes_no_context() -> None:
+    """The step reads the bound input itself, so only a copy protects it."""
+    with Builder("main") as build:
+        sample, text = build.input("sample", (2, 4), F32, Rate.STEP), build.input("text", (2, 4), F32, Rate.PROMPT)
+        build.output("y", add(sample, text))
+    made = program(main=build.graph())
+    mine = draw(1)
+    context = made.bind({"text": mine})
+    mine.zero_()
+    assert torch.equal(made.run("main", {"sample": torch.zeros(2, 4)}, context)["y"], draw(1))
+
+
 def test_joining_contexts_makes_a_new_one() -> None:
     made = program()
     a, b = made.bind({"text": draw(1)}), made.bind({"text": draw(2)})
