@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SHIPPED = ("helios", "backends", "conformance")
+SHIPPED = ("helios", "helios_hal", "backends", "conformance")
 SHOWN = (*SHIPPED, "tools", "tests", "examples")
 FILE_LINES = 500
 FUNCTION_LINES = 60

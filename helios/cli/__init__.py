@@ -1,4 +1,4 @@
-"""The command line: ``helios = "helios.cli:main"``."""
+"""The command line; the installed command ``helios`` gets here through ``helios_hal``."""
 
 from helios.cli.app import app, main
 

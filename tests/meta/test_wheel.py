@@ -22,7 +22,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_every_module_of_the_packages_is_there(names: set[str]) -> None:
-    for home, package in ((ROOT, "helios"), (ROOT / "backends" / "cpu", "helios_cpu")):
+    for home, package in ((ROOT, "helios"), (ROOT, "helios_hal"), (ROOT / "backends" / "cpu", "helios_cpu")):
         modules = {path.relative_to(home).as_posix() for path in (home / package).rglob("*.py")}
         assert modules
         assert modules <= names
@@ -35,7 +35,7 @@ def test_it_is_typed_and_licensed(names: set[str]) -> None:
 
 def test_nothing_else_is_there(names: set[str]) -> None:
     tops = {name.partition("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"helios", "helios_cpu"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"helios", "helios_hal", "helios_cpu"}
 
 
 def test_every_package_with_code_is_listed() -> None:
