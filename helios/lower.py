@@ -46,14 +46,16 @@ def plan_for(graphs: Mapping[str, Graph], backend: Backend) -> Plan:
     return build_plan(fused)
 
 
-def compile_kernels(plan: Plan, backend: Backend, *, fallback: str = "error") -> Program:
-    """A program that calls one kernel a node."""
+def compile_kernels(
+    plan: Plan, backend: Backend, *, fallback: str = "error", program: type[KernelProgram] = KernelProgram
+) -> Program:
+    """A program that calls one kernel a node; a backend may give its own kind of it."""
     coverage = Coverage()
     resolved = {
         name: [_resolve(node, backend, fallback, coverage) for node in graph.nodes]
         for name, graph in plan.graphs.items()
     }
-    return KernelProgram(plan, backend, resolved, coverage)
+    return program(plan, backend, resolved, coverage)
 
 
 def _resolve(node: Node, backend: Backend, fallback: str, coverage: Coverage) -> Resolved:

@@ -11,9 +11,11 @@ import torch
 
 from helios import op
 from helios.backend import Backend, DeviceInfo, Kernel
+from helios.lower import compile_kernels
 from helios.passes import Plan
 from helios.program import Program
 from helios_cpu import allocator, attention, elementwise, gemm
+from helios_cpu.program import CpuProgram
 
 __all__ = ["CpuBackend"]
 
@@ -38,7 +40,7 @@ class CpuBackend(Backend):
 
     def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
         allocator.keep_freed_memory()
-        return super().compile(plan, fallback=fallback)
+        return compile_kernels(plan, self, fallback=fallback, program=CpuProgram)
 
 
 def _model() -> str:
