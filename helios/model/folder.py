@@ -85,6 +85,15 @@ class ModelFolder:
         check(source, vae_shapes(self.vae))
         return source
 
+    def text_weights(self) -> WeightSource | None:
+        """The text encoder's weights, or None without one: files and headers are checked here, names and shapes when
+        the encoder is built, for only transformers knows them.
+
+        Raises:
+            CheckpointError: a file is damaged, missing, pickled, or outside its folder.
+        """
+        return SafetensorsFolder(self.path / "text_encoder") if self.text is not None else None
+
 
 def model_folder(path: str | Path) -> ModelFolder:
     """Read the configs of a model folder.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from helios.errors import CheckpointError, InputError
+from helios.model.weights import SafetensorsFolder, WeightSource, check
 
 __all__ = ["Encoded", "NoText", "StandInText", "TextEncoder", "Umt5Text", "clean_prompt"]
 
@@ -113,27 +114,76 @@ class Umt5Text:
 
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
-            from transformers import AutoTokenizer, UMT5EncoderModel
+            source = SafetensorsFolder(self.folder / "text_encoder")
+            with _told(self.folder), _no_bars():
+                from transformers import AutoTokenizer
 
-            try:
-                with _no_bars():
-                    tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
-                    encoder = UMT5EncoderModel.from_pretrained(
-                        self.folder / "text_encoder", dtype=self.dtype, local_files_only=True, use_safetensors=True
-                    )
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise CheckpointError(
-                    f"{self.folder}: text encoder or tokenizer cannot be read: {first}", "download the folder again"
-                ) from error
+                encoder = _bare_encoder(self.folder / "text_encoder", self.dtype)
+                tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
             if encoder.config.d_model != self.text_dim:
                 raise CheckpointError(
                     f"{self.folder}/text_encoder gives embeddings of {encoder.config.d_model} numbers, the transformer "
                     f"takes {self.text_dim}",
                     "use the text encoder that belongs to this transformer",
                 )
+            _fill(encoder, source, self.device)
             self._loaded = tokenizer, encoder.eval().requires_grad_(False).to(self.device)
         return self._loaded
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What transformers raises, as an error of the folder."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{folder}: text encoder or tokenizer cannot be read: {first}", "download the folder again"
+        ) from error
+
+
+def _bare_encoder(folder: Path, dtype: torch.dtype) -> Any:
+    """The network of a config, without memory for its weights."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        return UMT5EncoderModel._from_config(config, dtype=dtype)
+
+
+_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one matrix, stored under either name or both
+
+
+def _fill(encoder: Any, source: WeightSource, device: torch.device) -> None:
+    """Give a network its weights: each is read, checked, converted and moved before the next one is read.
+
+    transformers' own reading would fill what is missing with random numbers, drop what is unknown and cast integers.
+
+    Raises:
+        CheckpointError: the weights do not fit the config, or one holds NaN or infinity.
+    """
+    slots: dict[str, Tensor] = encoder.state_dict()
+    stored = [name for name in _EMBEDDINGS if name in source.tensors] or [_EMBEDDINGS[0]]
+    wanted = [name for name in slots if name not in _EMBEDDINGS or name in stored]
+    check(source, {name: tuple(slots[name].shape) for name in wanted})
+    _require_one_matrix(source, stored)
+    for name in wanted:
+        if name in stored[1:]:
+            continue
+        weight = torch.nn.Parameter(source.read(name).to(device, slots[name].dtype), requires_grad=False)
+        for place in _EMBEDDINGS if name == stored[0] else (name,):
+            module, _, leaf = place.rpartition(".")
+            setattr(encoder.get_submodule(module), leaf, weight)
+
+
+def _require_one_matrix(source: WeightSource, stored: list[str]) -> None:
+    """Two stored copies of the embeddings must be equal: the network has one."""
+    if len(stored) == 2 and not torch.equal(*(source.read(name) for name in stored)):
+        raise CheckpointError(
+            f"{source.where(stored[1])}: {stored[1]!r} differs from {stored[0]!r}, of which it should be a copy",
+            "download the folder again",
+        )
 
 
 @contextlib.contextmanager

@@ -79,6 +79,7 @@ def folder_model(path_or_repo: str | Path, variant: str | None = None) -> Model:
     folder = model_folder(resolve(path_or_repo))
     if variant is not None and presets.variant(variant).name != folder.variant:
         raise InputError(f"{folder.path} is a {folder.variant} model, not {variant}", "leave the variant out")
+    folder.text_weights()  # damaged files are told now, not when the first prompt comes
     return Model(
         str(folder.path),
         presets.variant(folder.variant),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,9 @@ def test_no_progress_bars(folder: Path, capfd: pytest.CaptureFixture[str]) -> No
 def test_a_damaged_encoder(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="gives embeddings of 32 numbers, the transformer takes 16"):
         umt5(folder, text_dim=16).encode("a", 8)
+    with pytest.raises(CheckpointError, match="text_encoder is not a folder"):
+        umt5(tmp_path).encode("a", 8)
+    shutil.copytree(folder / "text_encoder", tmp_path / "text_encoder")
     with pytest.raises(CheckpointError, match="text encoder or tokenizer cannot be read"):
         umt5(tmp_path).encode("a", 8)
 
