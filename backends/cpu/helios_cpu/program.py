@@ -17,8 +17,8 @@ __all__ = ["CpuProgram"]
 class CpuProgram(KernelProgram):
     """As its base, at a lower peak.
 
-    Steps keep what they free, since the next one takes the same sizes. Nothing is kept over a load, from one chunk to the
-    next, or in a network that runs once a chunk: the VAE, which no prompt and no chunk is bound to.
+    Steps keep what they free, since the next one takes the same sizes. Nothing is kept over a load, from one chunk to
+    the next, or in a network that runs once a chunk: the VAE, which no prompt is bound to.
     """
 
     def load(self, weights: WeightReader) -> None:
