@@ -218,6 +218,25 @@ def _require_harmony(folder: ModelFolder) -> None:
         "distilled weights and the DMD scheduler need each other",
         _MIXED,
     )
+    _require_pyramid(folder)
+    require(
+        folder.transformer.has_multi_term_memory_patch,
+        f"{path}: has_multi_term_memory_patch is false in transformer/config.json: without the patches of its history "
+        "the transformer cannot go on from one chunk to the next, and every Helios pipeline needs that",
+        "use a released checkpoint; they all have it true",
+    )
+
+
+def _require_pyramid(folder: ModelFolder) -> None:
+    """The published pipelines are two classes, with and without a pyramid; the schedule must be of the same kind."""
+    pyramid, stages = folder.pipeline.class_name == "HeliosPyramidPipeline", folder.scheduler.stages
+    wanted = "several stages" if pyramid else "one stage"
+    require(
+        pyramid == (stages > 1),
+        f"{folder.path}: model_index.json lists a {folder.pipeline.class_name}, whose scheduler has {wanted}; "
+        f"scheduler_config.json has stages {stages}",
+        _MIXED,
+    )
 
 
 _MIXED = "the folder mixes two models: take all parts from one"

@@ -14,6 +14,7 @@ import torch
 from helios.errors import CheckpointError, InputError
 from helios.model import presets
 from helios.model.config import PipelineConfig, SchedulerConfig, TransformerConfig, VaeConfig
+from helios.model.digest import folder_digest
 from helios.model.fields import plain
 from helios.model.folder import model_folder
 from helios.model.hub import resolve
@@ -35,6 +36,7 @@ class Model:
         variant: how it samples, with its defaults.
         transformer_weights, vae_weights: sources; no weight has been read.
         text: makes a text encoder of a dtype on a device.
+        contents: makes a digest of the weights and of the text encoder, quickly.
         random_weights: the weights mean nothing, and neither do its videos.
     """
 
@@ -47,6 +49,7 @@ class Model:
     transformer_weights: WeightSource
     vae_weights: WeightSource
     text: Callable[[torch.dtype, torch.device], TextEncoder]
+    contents: Callable[[], bytes]
     random_weights: bool = False
 
     def __post_init__(self) -> None:
@@ -58,14 +61,18 @@ class Model:
 
     @functools.cached_property
     def identity(self) -> str:
-        """A digest of configs, tensor shapes and one tensor of each network: enough to tell models apart, and quick."""
+        """A digest of the configs, of the tensors' names and shapes, and of ``contents``: 16 hexadecimal digits.
+
+        Of a folder it sees every tensor of the three networks, but a few hundred bytes of each; what it does not see
+        stands in ``helios.model.digest.folder_digest``. Of a named size it sees size, variant and seed, and one tensor
+        of each network, so that other rules for random weights are another model.
+        """
         sha = hashlib.sha256()
         for config in (self.pipeline, self.scheduler, self.transformer, self.vae):
             sha.update(json.dumps(plain(config), sort_keys=True).encode())
-        samples = {"proj_out.weight": self.transformer_weights, "decoder.conv_out.weight": self.vae_weights}
-        for name, source in samples.items():
+        for source in (self.transformer_weights, self.vae_weights):
             sha.update(json.dumps([(n, info.shape) for n, info in sorted(source.tensors.items())]).encode())
-            sha.update(source.read(name).view(torch.uint8).numpy().tobytes())
+        sha.update(self.contents())
         return sha.hexdigest()[:16]
 
 
@@ -90,6 +97,7 @@ def folder_model(path_or_repo: str | Path, variant: str | None = None) -> Model:
         folder.transformer_weights(),
         folder.vae_weights(),
         functools.partial(_folder_text, folder.path, folder.transformer.text_dim, folder.text is not None),
+        functools.partial(folder_digest, folder.path),
         random_weights=folder.random_weights,
     )
 
@@ -116,15 +124,25 @@ def sized_model(size: str, variant: str | None = None, seed: int = 0) -> Model:
         seed=seed,
         dtype=lambda name: torch.float32 if keeps_float32(name) else torch.bfloat16,
     )
+    vae = RandomWeights(vae_shapes(networks.vae), seed=seed)
+    name = f"{size} {sampling.name}, random weights of seed {seed}"
     return Model(
-        f"{size} {sampling.name}, random weights of seed {seed}",
+        name,
         sampling,
         sampling.pipeline,
         sampling.scheduler,
         networks.transformer,
         networks.vae,
         transformer,
-        RandomWeights(vae_shapes(networks.vae), seed=seed),
+        vae,
         lambda dtype, device: StandInText(networks.transformer.text_dim),
+        lambda: _random_contents(name, transformer, vae),
         random_weights=True,
     )
+
+
+def _random_contents(name: str, transformer: WeightSource, vae: WeightSource) -> bytes:
+    sha = hashlib.sha256("\n".join((name, transformer.origin, vae.origin, StandInText.origin)).encode())
+    for source, tensor in ((transformer, "proj_out.weight"), (vae, "decoder.conv_out.weight")):
+        sha.update(source.read(tensor).view(torch.uint8).numpy().tobytes())
+    return sha.digest()

@@ -273,6 +273,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "lists a HeliosDMDScheduler, scheduler_config.json is of a HeliosScheduler",
     ),
     "not distilled": (lambda f: edit(f / "model_index.json", is_distilled=False), "is_distilled is False"),
+    "pyramid of one stage": (
+        lambda f: edit(f / "scheduler" / "scheduler_config.json", stages=1, stage_range=[0.0, 1.0]),
+        "lists a HeliosPyramidPipeline, whose scheduler has several stages; .* has stages 1",
+    ),
+    "stages without a pyramid": (
+        lambda f: edit(f / "model_index.json", _class_name="HeliosPipeline"),
+        "lists a HeliosPipeline, whose scheduler has one stage; .* has stages 3",
+    ),
+    "no history": (
+        lambda f: edit(f / "transformer" / "config.json", has_multi_term_memory_patch=False),
+        r"has_multi_term_memory_patch is false in transformer/config\.json",
+    ),
     "is_distilled is a text": (lambda f: edit(f / "model_index.json", is_distilled="yes"), "'is_distilled' is 'yes'"),
 }
 
