@@ -19,6 +19,7 @@ from helios.cli.options import (
     HeightOption,
     JsonOption,
     PrecisionOption,
+    PyramidStageOption,
     SizeOption,
     VariantOption,
     WidthOption,
@@ -42,9 +43,7 @@ SEED = 0
 def bench(
     size: SizeOption = "mini",
     variant: VariantOption = "distilled",
-    pyramid_stage: Annotated[
-        int | None, typer.Option(metavar="N", help="One stage; 0 is the coarsest.", show_default="all of the variant")
-    ] = None,
+    pyramid_stage: PyramidStageOption = None,
     height: HeightOption = 384,
     width: WidthOption = 640,
     precision: PrecisionOption = None,

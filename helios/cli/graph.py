@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from helios.cli import output
-from helios.cli.options import HeightOption, JsonOption, SizeOption, VariantOption, WidthOption, setting
+from helios.cli.options import (
+    HeightOption,
+    JsonOption,
+    PyramidStageOption,
+    SizeOption,
+    VariantOption,
+    WidthOption,
+    setting,
+)
 from helios.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,9 +33,7 @@ EXAMPLES = "Example: helios graph --size 14b --pyramid-stage 2 --flops"
 def graph(
     size: SizeOption = "14b",
     variant: VariantOption = "distilled",
-    pyramid_stage: Annotated[
-        int | None, typer.Option(metavar="N", help="One stage; 0 is the coarsest.", show_default="all of the variant")
-    ] = None,
+    pyramid_stage: PyramidStageOption = None,
     height: HeightOption = 384,
     width: WidthOption = 640,
     batch: Annotated[int, typer.Option(metavar="N", help="Videos that run together.")] = 1,

@@ -22,6 +22,7 @@ __all__ = [
     "HeightOption",
     "JsonOption",
     "PrecisionOption",
+    "PyramidStageOption",
     "SizeOption",
     "StepsOption",
     "VariantOption",
@@ -38,6 +39,9 @@ SizeOption = Annotated[
     str, typer.Option(metavar="tiny|mini|14b", help="Size of the networks; 14b is the published one.")
 ]
 VariantOption = Annotated[str, typer.Option(metavar="base|mid|distilled", help="Published way to sample.")]
+PyramidStageOption = Annotated[
+    int | None, typer.Option(metavar="N", help="One stage; 0 is the coarsest.", show_default="all of the variant")
+]
 HeightOption = Annotated[int, typer.Option(metavar="PIXELS", help="Height of the video.")]
 WidthOption = Annotated[int, typer.Option(metavar="PIXELS", help="Width of the video.")]
 PrecisionOption = Annotated[
