@@ -44,7 +44,7 @@ test-slow: setup ## the tests that take minutes each
 lint: setup ## ruff, mypy --strict, the floors, the sizes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict helios helios_hal backends tools
+	$(BIN)/mypy --strict helios helios_hal backends conformance tools
 	$(BIN)/lint-imports
 	$(BIN)/python tools/lines.py --check
 

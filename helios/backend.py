@@ -70,6 +70,9 @@ class Backend:
 
     name: ClassVar[str]
     api_version: ClassVar[int] = API_VERSION
+    emulated: str = ""
+    """What computes in the device's place, where something does; empty for the real device. Reports say it everywhere,
+    and nothing emulated is ever certified."""
     precisions: tuple[str, ...] = ("fp32", "bf16")
     """Names of the precisions that this backend offers, its default first."""
     fusions: tuple[str, ...] = ()

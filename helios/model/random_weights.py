@@ -10,7 +10,7 @@ import torch
 
 from helios.model.safetensors_io import TensorInfo
 
-__all__ = ["RandomWeights"]
+__all__ = ["RandomWeights", "spread"]
 
 
 class RandomWeights:
@@ -51,7 +51,7 @@ class RandomWeights:
         info = self.tensors[name]
         key = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(key[:8], "little", signed=True))
-        mean, deviation = _spread(name, info.shape)
+        mean, deviation = spread(name, info.shape)
         drawn = torch.randn(info.shape, generator=generator, dtype=torch.float32, device="cpu")
         return drawn.mul_(deviation).add_(mean).to(info.dtype)
 
@@ -60,8 +60,8 @@ class RandomWeights:
         return self.origin
 
 
-def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation."""
+def spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation of the weight of that name and shape."""
     kind = name.rpartition(".")[2]
     if kind == "scale_shift_table":
         return 0.0, shape[-1] ** -0.5

@@ -1,0 +1,123 @@
+"""The error budget: how far from the float64 oracle a result may be. Nothing else in the suite has a tolerance.
+
+Four statistics compare a result y with the oracle o. Each bound follows from the error of the reference in the working
+dtype, which is committed with the suite, and from a floor that any right kernel keeps; ``docs/conformance.md`` derives both.
+u is the unit roundoff: 2⁻²⁴ for float32, 2⁻⁸ for bfloat16. K is the number of terms of the longest sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from helios.op import Kind
+
+__all__ = ["Errors", "bounds", "exact", "exceeded", "measure", "unit"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Errors:
+    """The statistics of one output, or the bounds on them.
+
+    Attributes:
+        norm: ‖y − o‖ / ‖o‖.
+        worst: max |y − o| / rms(o).
+        gain: ⟨y, o⟩ / ⟨o, o⟩ − 1, signed; truncation shows here.
+        misrounded: part of the elements that are not the oracle rounded to the output's dtype.
+        count: elements compared.
+    """
+
+    norm: float
+    worst: float
+    gain: float
+    misrounded: float
+    count: int
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Unit roundoff: half the distance from 1 to the next number."""
+    return torch.finfo(dtype).eps / 2
+
+
+def measure(result: Tensor, oracle: Tensor) -> Errors:
+    """Compare a result with the oracle, element by element, in float64.
+
+    Args:
+        result: of any shape and dtype, host.
+        oracle: float64, of the same shape.
+
+    Elements where the oracle is not finite are left out here; what must happen to them is another check's. A result
+    that is not finite where the oracle is makes every statistic infinite.
+    """
+    right = oracle.isfinite()
+    y, o = result.double()[right], oracle[right]
+    count = o.numel()
+    if not count:
+        return Errors(0.0, 0.0, 0.0, 0.0, 0)
+    if not bool(y.isfinite().all()):
+        return Errors(math.inf, math.inf, math.inf, 1.0, count)
+    difference = y - o
+    size = float(o.norm())
+    off = float((result[right] != o.to(result.dtype)).double().mean())
+    if size == 0.0:
+        wrong = math.inf if bool(difference.any()) else 0.0
+        return Errors(wrong, wrong, wrong, off, count)
+    rms = size / math.sqrt(count)
+    return Errors(
+        float(difference.norm()) / size,
+        float(difference.abs().max()) / rms,
+        float((difference * (o / size)).sum()) / size,
+        off,
+        count,
+    )
+
+
+def exact(result: Tensor, wanted: Tensor) -> bool:
+    """Whether two tensors agree bit by bit, dtype and shape included; any NaN equals any NaN."""
+    if result.shape != wanted.shape or result.dtype != wanted.dtype:
+        return False
+    if not result.is_floating_point():
+        return bool((result == wanted).all())
+    return bool(((result == wanted) | (result.isnan() & wanted.isnan())).all())
+
+
+def bounds(kind: Kind, dtype: torch.dtype, terms: int, count: int, reference: Errors) -> Errors:
+    """What a result may err.
+
+    Args:
+        kind: of the op, ``round`` or ``reduce`` or ``fused``; a whole graph counts as ``fused``.
+        dtype: of the output.
+        terms: K.
+        count: elements compared.
+        reference: errors of the reference in the working dtype, the largest of several seeds.
+    """
+    u = unit(dtype)
+    once = kind == "round"
+    # Rounding to nearest errs by 0.37 u to 0.58 u in the norm, truncation by twice that: the floor lies between.
+    floor = u * math.sqrt(terms) if dtype == torch.float32 else 0.6 * u
+    norm = max(floor, (1.15 if once else 1.5) * reference.norm)
+    worst = max(5 * u * math.sqrt(terms) if dtype == torch.float32 else 5 * u, 2 * reference.worst)
+    # The gain of errors that have no direction is about norm / √count: four of these never happen by chance.
+    gain = abs(reference.gain) + u / 8 + 4 * norm / math.sqrt(max(count, 1))
+    off = 1.0
+    if once and reference.misrounded < 0.02:
+        off = 0.05 + 3 * math.sqrt(0.05 * 0.95 / max(count, 1))
+    return Errors(norm, worst, gain, off, count)
+
+
+def exceeded(errors: Errors, allowed: Errors) -> list[str]:
+    """One phrase for each statistic beyond its bound; empty is within budget."""
+    lines = []
+    for name, words in (
+        ("norm", "norm of the error"),
+        ("worst", "worst element"),
+        ("gain", "gain"),
+        ("misrounded", "part of the elements rounded wrongly"),
+    ):
+        came, bound = getattr(errors, name), getattr(allowed, name)
+        if not abs(came) <= bound:
+            lines.append(f"{words} {came:.3g} is beyond {bound:.3g}")
+    return lines

@@ -1,0 +1,7 @@
+"""Whole forwards of small sizes at every stage and step."""
+
+from __future__ import annotations
+
+from helios_conformance.case import Check
+
+CHECKS: tuple[Check, ...] = ()

@@ -1,0 +1,41 @@
+"""One case from beginning to end: run on the device, judge on the host. The runner does the first half in a worker."""
+
+from __future__ import annotations
+
+import traceback
+
+from helios.errors import UnsupportedNode
+from helios_conformance import checks
+from helios_conformance.case import Case, Observation, Verdict
+from helios_conformance.draws import Root
+from helios_conformance.references import References
+from helios_conformance.session import Session
+
+__all__ = ["judge", "observe", "run_here"]
+
+
+def observe(case: Case, session: Session) -> Observation:
+    """Run a case. A node that the backend declared not to support is an observation; anything else that it raises is
+    the ``error`` fact: a failure."""
+    try:
+        return checks.get(case.check).observe(case, session)
+    except UnsupportedNode as error:
+        return Observation(unsupported=error.why)
+    except Exception as error:
+        where = "".join(traceback.format_exception(error)[-3:])
+        return Observation(facts={"error": f"{type(error).__name__}: {error}"[:2000], "traceback": where[-4000:]})
+
+
+def judge(case: Case, observation: Observation, root: Root, references: References) -> Verdict:
+    """The verdict on what came back; the same on every host."""
+    if observation.unsupported:
+        return Verdict("unsupported", observation.unsupported)
+    if "error" in observation.facts:
+        return Verdict("fail", f"the backend raised {observation.facts['error']}")
+    return checks.get(case.check).judge(case, observation, root, references)
+
+
+def run_here(case: Case, session: Session, references: References) -> tuple[Observation, Verdict]:
+    """Both halves in this process: for tests and mutants."""
+    seen = observe(case, session)
+    return seen, judge(case, seen, session.root, references)

@@ -1,0 +1,150 @@
+"""Which elements of an output are kept and judged.
+
+Small outputs are kept whole. Of a large one, rows and columns: those where kernels tend to go wrong (first, last, both
+sides of a tile's or segment's edge), and others drawn from a key that contains the output's own digest: a backend cannot know
+them before it has computed the output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helios_conformance.case import Kept
+from helios_conformance.draws import Root
+
+__all__ = ["BUDGET_BYTES", "Selection", "digest", "keep", "select"]
+
+BUDGET_BYTES = 64 << 10
+"""Of one case's kept outputs; each output gets its share."""
+
+_TILE = 64
+_DRAWN = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Selection:
+    """Rows and columns of an output seen as a matrix. ``None`` for both: the whole."""
+
+    rows: Tensor | None
+    columns: Tensor | None
+
+    def take(self, matrix: Tensor) -> Tensor:
+        """The kept elements of ``[rows, columns]``, 1-D, row by row."""
+        if self.rows is None or self.columns is None:
+            return matrix.reshape(-1)
+        return matrix[self.rows][:, self.columns].reshape(-1)
+
+
+def select(
+    rows: int, columns: int, itemsize: int, key: int, *, borders: tuple[int, ...] = (), share: int = 1
+) -> Selection:
+    """Choose elements.
+
+    Args:
+        rows, columns: of the output as a matrix.
+        itemsize: bytes of an element.
+        key: from ``Root.key(case, output, digest)``.
+        borders: rows at which a segment begins; they and the rows before are kept.
+        share: by how many outputs the budget is shared.
+    """
+    room = BUDGET_BYTES // (itemsize * share)
+    if rows * columns <= room:
+        return Selection(None, None)
+    chosen = np.unique([*_edges(rows, borders), *_drawn(key, rows)])
+    wide = max(4, room // len(chosen))
+    if wide >= columns:
+        return Selection(torch.from_numpy(chosen), torch.arange(columns))
+    picked = np.unique([0, columns - 1, *_drawn(key + 1, columns, wide - 2)])
+    return Selection(torch.from_numpy(chosen), torch.from_numpy(picked))
+
+
+def _edges(rows: int, borders: tuple[int, ...]) -> list[int]:
+    """0, the last, and both sides of every edge: of segments, and of tiles of 64 (so of 128 and 256)."""
+    step = _TILE
+    while rows // step > 256:  # beyond sixteen thousand rows every edge would leave no room for columns
+        step *= 2
+    edges = [*range(step, rows, step), *borders]
+    near = [r for edge in edges for r in (edge - 1, edge)]
+    return [0, *(r for r in near if 0 <= r < rows), rows - 1]
+
+
+def _drawn(key: int, size: int, count: int = _DRAWN) -> list[int]:
+    """Distinct numbers below ``size``."""
+    words = np.array([key & (2**64 - 1), (key >> 64) & (2**64 - 1)], np.uint64)
+    raw = np.random.Philox(key=words).random_raw(count)
+    return sorted({int(n) % size for n in raw})
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a host tensor, in row-major order."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"").hexdigest()
+
+
+def keep(
+    root: Root,
+    case: str,
+    name: str,
+    tensor: Tensor,
+    *,
+    row_dims: int | None = None,
+    borders: tuple[int, ...] = (),
+    share: int = 1,
+) -> Kept:
+    """What is kept of an output, on the host.
+
+    Args:
+        root, case, name: with the output's digest, what keys the selection.
+        tensor: the whole output, on any device.
+        row_dims: how many leading dimensions count as rows; the rest are columns. Default: all but the last.
+        borders, share: as for ``select``.
+    """
+    host = tensor.detach().to("cpu").contiguous()
+    told = digest(host)
+    chosen = selection(
+        root, case, name, tuple(host.shape), host.dtype, told, row_dims=row_dims, borders=borders, share=share
+    )
+    values = chosen.take(as_matrix(host, row_dims)).clone()
+    dtype = str(host.dtype).removeprefix("torch.")
+    return Kept(values, tuple(host.shape), dtype, told, _finite(host))
+
+
+def selection(
+    root: Root,
+    case: str,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    told: str,
+    *,
+    row_dims: int | None = None,
+    borders: tuple[int, ...] = (),
+    share: int = 1,
+) -> Selection:
+    """The selection that ``keep`` made, from what a bundle says of the output."""
+    at = _split(shape, row_dims)
+    key = root.key("selection", case, name, told)
+    return select(math.prod(shape[:at]), math.prod(shape[at:]), dtype.itemsize, key, borders=borders, share=share)
+
+
+def as_matrix(tensor: Tensor, row_dims: int | None = None) -> Tensor:
+    """The output as ``[rows, columns]``."""
+    at = _split(tuple(tensor.shape), row_dims)
+    return tensor.reshape(math.prod(tensor.shape[:at]), math.prod(tensor.shape[at:]))
+
+
+def _split(shape: tuple[int, ...], row_dims: int | None) -> int:
+    return max(0, len(shape) - 1) if row_dims is None else row_dims
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    # In pieces: a mask of two thousand million elements has no place.
+    return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(1 << 26))
