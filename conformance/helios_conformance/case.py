@@ -1,7 +1,7 @@
 """What the suite runs and what it says: cases, observations, verdicts.
 
-A *case* is data: an id that pastes back as a filter, and the parameters from which everything else follows, together with
-the root of the run. A *check* knows how to run cases of its kind on a device (``observe``) and how to judge what came back
+A *case* is data: an id that pastes back as a filter, and the parameters from which, with the root of the run, everything
+else follows. A *check* knows how to run cases of its kind on a device (``observe``) and how to judge what came back
 (``judge``). The two meet only in an ``Observation``, which is what the bundle keeps: judging needs no device.
 """
 
@@ -107,7 +107,7 @@ class Observation:
 
     Attributes:
         outputs: by name.
-        facts: JSON values that the check's ``judge`` reads: ``inputs_unchanged``, ``guards_intact``, ``repeats_equal`` …
+        facts: JSON values that the check's ``judge`` reads: ``inputs_unchanged``, ``guards_intact`` …
             They are attested by the machine that ran the device; the outputs are judged anew by anyone.
         coverage: rows of op, native, fused, fallback, reason.
         unsupported: the backend's own reason, where it declared before running that it does not run this.

@@ -1,6 +1,7 @@
 """Every number that a run draws: counter-based, the same bits on every host.
 
-A key is a hash of the root (seed and nonce) and of labels that say what the draw is for; it seeds Philox, integer arithmetic.
+A key is a hash of the root (seed and nonce) and of labels that say what the draw is for; it seeds Philox, which is
+integer arithmetic.
 Normals come from a table of 65,536 quantiles, indexed by 16 random bits. The table is made of operations that IEEE 754
 rounds correctly, scaled and rounded to the dtype before it is indexed, so a draw costs a look-up and has one rounding.
 """

@@ -18,9 +18,9 @@ __all__ = ["observation_of", "record", "tensors_of"]
 def record(case: Case, observation: Observation, verdict: Verdict, seconds: float) -> dict[str, Any]:
     """The result as JSON values.
 
-    ``id, level, check, precision, required, state, reason, seconds, facts, coverage, unsupported, outputs``; each output
-    has ``shape, dtype, digest, finite, kept`` (elements) and, where it was judged by numbers, ``errors``, ``bounds`` and
-    ``reference``, each ``{norm, worst, gain, misrounded, count}``. Infinite statistics are the string ``"inf"``.
+    ``id, level, check, precision, required, state, reason, seconds, facts, coverage, unsupported, outputs``; each
+    output has ``shape, dtype, digest, finite, kept`` (elements) and, where it was judged by numbers, ``errors``,
+    ``bounds`` and ``reference``, each ``{norm, worst, gain, misrounded, count}``. Infinite statistics are the string ``"inf"``.
     """
     return {
         "id": case.id,
@@ -62,7 +62,7 @@ def tensors_of(case: str, observation: Observation) -> dict[str, Tensor]:
 
 
 def observation_of(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Observation:
-    """The observation that a record and its tensors describe. Raises KeyError, TypeError or ValueError where it is none."""
+    """The observation that a record and its tensors describe. KeyError, TypeError or ValueError where it is none."""
     outputs = {
         name: Kept(
             tensors[f"{told['id']}/{name}"], tuple(int(n) for n in o["shape"]), o["dtype"], o["digest"], o["finite"]
