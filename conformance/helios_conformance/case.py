@@ -1,7 +1,7 @@
 """What the suite runs and what it says: cases, observations, verdicts.
 
-A *case* is data: an id that pastes back as a filter, and the parameters from which, with the root of the run, everything
-else follows. A *check* knows how to run cases of its kind on a device (``observe``) and how to judge what came back
+A *case* is data: an id that pastes back as a filter, and the parameters from which, with the root of the run, all else
+follows. A *check* knows how to run cases of its kind on a device (``observe``) and how to judge what came back
 (``judge``). The two meet only in an ``Observation``, which is what the bundle keeps: judging needs no device.
 """
 

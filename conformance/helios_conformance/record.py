@@ -20,7 +20,7 @@ def record(case: Case, observation: Observation, verdict: Verdict, seconds: floa
 
     ``id, level, check, precision, required, state, reason, seconds, facts, coverage, unsupported, outputs``; each
     output has ``shape, dtype, digest, finite, kept`` (elements) and, where it was judged by numbers, ``errors``,
-    ``bounds`` and ``reference``, each ``{norm, worst, gain, misrounded, count}``. Infinite statistics are the string ``"inf"``.
+    ``bounds`` and ``reference``, each ``{norm, worst, gain, misrounded, count}``. An infinite statistic is ``"inf"``.
     """
     return {
         "id": case.id,
