@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from helios_conformance.draws import Root
 __all__ = ["Session"]
 
 
+def _nobody(told: Mapping[str, Any]) -> None:
+    """Nobody listens."""
+
+
 @dataclasses.dataclass(eq=False)
 class Session:
     """What a check needs to run a case.
@@ -27,12 +32,18 @@ class Session:
         root: of all draws.
         fallback: ``error`` always, in a run that may certify.
         model: folder or None: what the levels pipeline and realtime may use instead of random weights.
+        options: of the run, JSON values: what the command line set of size, steps, chunks, seconds, soak …
+        tell: hands a JSON object to the parent at once, while the case runs. The parent stamps its arrival with its own
+            clock, counted from the moment it sent the case, and hands all of them to ``judge`` as
+            ``observation.facts["told"]``: ``[[seconds, object], …]`` in order of arrival.
     """
 
     backend: Backend
     root: Root
     fallback: str = "error"
     model: str | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tell: Callable[[Mapping[str, Any]], None] = _nobody
 
     def dtype(self, precision: str) -> torch.dtype:
         return PRECISIONS[precision]
