@@ -1,28 +1,49 @@
 """The errors of the reference in the working dtype: computed once, committed with the suite, hashed into its identity.
 
-``python -m helios_conformance.references`` makes the file anew on this host, for all cases or for those whose ids match a
-pattern; ``--check`` recomputes and compares. They are never computed on a judged device's host: a host with a bad
-math library would allow its device the same errors.
+``python -m helios_conformance.references [ID…]`` computes them on this host, for all cases or for those that a filter
+takes, and merges them into the file; ``--check`` computes and compares. They are never computed on a judged device's
+host: a host with a bad math library would allow its device the same errors.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
-from collections.abc import Mapping
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from helios_conformance.budget import Errors
+import torch
 
-__all__ = ["References", "committed"]
+from helios_conformance.budget import Errors
+from helios_conformance.case import PRECISIONS, Case
+from helios_conformance.draws import Root
+
+__all__ = ["References", "committed", "decode", "encode", "of_case"]
 
 FILE = "references.json"
+
+SEEDS = 16
+"""Draws of a case with a small output."""
+_ELEMENTS = 1 << 20
+"""Elements compared after which a case has drawn enough, three seeds at least: the statistics of many elements vary
+little from seed to seed."""
+_SAME = 0.25
+"""Part by which ``--check`` lets a number of one host differ from that of another: they sum in other orders."""
+
+Rows = Mapping[str, Errors]
 
 
 class References:
     """Errors by case id and output."""
 
-    def __init__(self, entries: Mapping[str, Mapping[str, Errors]]) -> None:
+    def __init__(self, entries: Mapping[str, Rows]) -> None:
         self.entries = entries
 
     def get(self, case: str, output: str) -> Errors:
@@ -41,6 +62,143 @@ def decode(text: str) -> References:
     return References({case: {name: Errors(*values) for name, values in rows.items()} for case, rows in loaded.items()})
 
 
+def encode(entries: Mapping[str, Rows], made: Mapping[str, str]) -> str:
+    """The JSON form: sorted, a case a line, six digits; the same text for the same numbers."""
+    lines = []
+    for case in sorted(entries):
+        rows = {name: _numbers(entries[case][name]) for name in sorted(entries[case])}
+        lines.append(f" {json.dumps(case)}: {json.dumps(rows, separators=(',', ':'))}")
+    return f'{{"made": {json.dumps(dict(made), sort_keys=True)},\n"errors": {{\n' + ",\n".join(lines) + "\n}}\n"
+
+
+def _numbers(errors: Errors) -> list[float]:
+    rounded = [float(f"{x:.6g}") for x in (errors.norm, errors.worst, errors.gain, errors.misrounded)]
+    if not all(map(math.isfinite, rounded)):
+        raise ValueError(f"a reference error must be finite, came {errors}")
+    return [*rounded, errors.count]
+
+
 def committed() -> References:
     """Those that belong to this suite."""
     return decode(resources.files("helios_conformance").joinpath(FILE).read_text())
+
+
+def of_case(case: Case) -> dict[str, Errors]:
+    """The largest errors of the reference over several draws of a case; {} where it has nothing numeric."""
+    from helios_conformance import checks  # checks import this module for its types
+
+    check = checks.get(case.check)
+    found: dict[str, Errors] = {}
+    compared = 0
+    for seed in itertools.count():
+        rows = check.reference(case, Root(seed))
+        if not rows:
+            return {}
+        found = {name: _largest(found.get(name), errors) for name, errors in rows.items()}
+        compared += sum(errors.count for errors in rows.values())
+        if seed + 1 >= SEEDS or (seed + 1 >= 3 and compared >= _ELEMENTS):
+            return found
+    raise AssertionError("unreachable")
+
+
+def _largest(one: Errors | None, other: Errors) -> Errors:
+    if one is None:
+        return other
+    return Errors(
+        max(one.norm, other.norm),
+        max(one.worst, other.worst),
+        max(one.gain, other.gain, key=abs),
+        max(one.misrounded, other.misrounded),
+        max(one.count, other.count),
+    )
+
+
+def differing(old: Rows | None, new: Rows) -> list[str]:
+    """What a recomputation found otherwise than it is committed: one phrase an output; [] where they agree."""
+    if old is None or old.keys() != new.keys():
+        return [f"outputs {sorted(new)}, committed {sorted(old or {})}"]
+    lines = []
+    for name, errors in new.items():
+        for field in ("norm", "worst"):
+            was, now = getattr(old[name], field), getattr(errors, field)
+            if abs(now - was) > _SAME * max(was, now):
+                lines.append(f"{name} {field} {now:.6g}, committed {was:.6g}")
+    return lines
+
+
+def _host() -> dict[str, str]:
+    features = torch.backends.cpu.get_cpu_capability()
+    return {"machine": f"{platform.machine()} {_model()}", "vectors": features, "torch": torch.__version__}
+
+
+def _model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.system()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _file() -> Path:
+    """Beside this module: what the package reads as its resource is what the command writes."""
+    return Path(__file__).with_name(FILE)
+
+
+def _write(new: Mapping[str, Rows], known: set[str]) -> int:
+    """Merge into the file as it is now, without ids that no case has any more; the number of cases in it."""
+    entries = dict(decode(_file().read_text()).entries) if _file().exists() else {}
+    entries.update(new)
+    kept = {case: rows for case, rows in entries.items() if case in known and rows}
+    fresh = _file().with_suffix(f".{os.getpid()}.tmp")
+    fresh.write_text(encode(kept, _host()), encoding="utf-8")
+    fresh.replace(_file())
+    return len(kept)
+
+
+def _wanted(arguments: argparse.Namespace) -> Iterator[Case]:
+    from helios_conformance import suite  # the suite imports the checks
+
+    for precision in arguments.precision or PRECISIONS:
+        yield from suite.choose(precision, "full", filters=arguments.patterns)
+
+
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m helios_conformance.references", description=__doc__)
+    parser.add_argument("patterns", nargs="*", metavar="ID", help="cases, with * for any characters; without: all")
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="only this one")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a number differs by a quarter")
+    parser.add_argument("--missing", action="store_true", help="only cases that the file lacks")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Compute and merge, or compare; the exit code."""
+    from helios_conformance import suite  # the suite imports the checks
+
+    arguments = _arguments(words)
+    torch.set_num_threads(1)  # the same sums on every machine of a kind
+    old = committed().entries if _file().exists() else {}
+    cases = [case for case in _wanted(arguments) if not arguments.missing or case.id not in old]
+    new = {case.id: of_case(case) for case in _shown(cases)}
+    if arguments.check:
+        lines = [f"{case}: {line}" for case, rows in new.items() if rows for line in differing(old.get(case), rows)]
+        _say(*lines, f"{len(new)} cases computed, {len(lines)} numbers differ")
+        return 1 if lines or not new else 0
+    known = {case.id for precision in PRECISIONS for case in suite.all_cases(precision)}
+    _say(f"{len(new)} cases computed, {_write(new, known)} in {FILE}")
+    return 0
+
+
+def _shown(cases: Sequence[Case]) -> Iterable[Case]:
+    for at, case in enumerate(cases):
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{at + 1}/{len(cases)} {case.id}\033[K")
+        yield case
+
+
+def _say(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
