@@ -23,9 +23,8 @@ def opset_text() -> str:
 
 def _schema(record: op.Op[Any, Any]) -> str:
     operands = ", ".join(o.name + "?" * o.optional + "*" * o.many for o in record.operands)
-    attrs = ", ".join(
-        key if value is inspect.Parameter.empty else f"{key}={value}" for key, value in record.attrs.items()
-    )
+    given: dict[str, Any] = dict(record.attrs)
+    attrs = ", ".join(k if v is inspect.Parameter.empty else f"{k}={v}" for k, v in given.items())
     return f"{record.name} {record.kind} [{record.dims}] ({operands}) {{{attrs}}}"
 
 
