@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 
 from helios.errors import UnsupportedNode
 from helios_conformance import checks
-from helios_conformance.case import Case, Observation, Verdict
+from helios_conformance.case import Case, Observation, State, Verdict
 from helios_conformance.draws import Root
 from helios_conformance.references import References
 from helios_conformance.session import Session
 
-__all__ = ["judge", "observe", "run_here"]
+__all__ = ["ENDINGS", "judge", "observe", "run_here"]
+
+ENDINGS: Mapping[str, State] = {"lost": "fail", "not_run": "not_run"}
+"""Facts that the runner writes where nothing came back, with their reason: the worker was lost, or was not asked."""
 
 
 def observe(case: Case, session: Session) -> Observation:
@@ -30,6 +34,9 @@ def judge(case: Case, observation: Observation, root: Root, references: Referenc
     """The verdict on what came back; the same on every host."""
     if observation.unsupported:
         return Verdict("unsupported", observation.unsupported)
+    for fact, state in ENDINGS.items():
+        if fact in observation.facts:
+            return Verdict(state, observation.facts[fact])
     if "error" in observation.facts:
         return Verdict("fail", f"the backend raised {observation.facts['error']}")
     return checks.get(case.check).judge(case, observation, root, references)

@@ -1,0 +1,135 @@
+"""How far a run is: a table on a terminal, plain lines where there is none."""
+
+from __future__ import annotations
+
+import collections
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from helios_conformance.case import LEVELS, Case
+
+__all__ = ["Progress", "reproduce"]
+
+QUIET_SECONDS = 10.0
+"""Between two plain lines that say no more than how far it is."""
+_COLUMNS = (("pass", "passed", "green"), ("fail", "failed", "bold red"), ("unsupported", "unsupported", "yellow"))
+
+
+def reproduce(spec: str, case: str) -> str:
+    """The command that runs one case again."""
+    return f"helios certify --backend {shlex.quote(spec)} --filter {shlex.quote(case)}"
+
+
+class Progress:
+    """A ``runner.Watcher`` that tells on standard error; a context manager around the run.
+
+    Args:
+        spec: the backend as it was selected, for commands to paste.
+        terminal: whether to draw a table; default: whether standard error is a terminal.
+    """
+
+    def __init__(self, spec: str, *, terminal: bool | None = None) -> None:
+        self._spec = spec
+        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self._terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._totals: collections.Counter[str] = collections.Counter()
+        self._states: dict[str, collections.Counter[str]] = {level: collections.Counter() for level in LEVELS}
+        self._case, self._title = "", "starting the worker"
+        self._begin = self._told = time.monotonic()
+        self._earlier = 0
+        self._reasons: set[str] = set()
+        self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=4, transient=False)
+
+    def __enter__(self) -> Progress:
+        if self._terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._case = ""
+        if self._terminal:
+            self._live.stop()
+
+    # --- what the run tells -------------------------------------------------------------------------------------------
+
+    def begin(self, cases: Sequence[Case], backend: Mapping[str, Any]) -> None:
+        """The cases of the run; those of an earlier part of it are told as finished right after."""
+        self._totals.update(case.level for case in cases)
+        device = backend["device"]["name"] if backend["device"] else "no device"
+        emulated = f", emulated: {backend['emulated']}" if backend["emulated"] else ""
+        self._title = f"{backend['label']} on {device}{emulated}"
+        if not self._terminal:
+            self._say(f"{len(cases)} cases, {self._title}")
+
+    def at(self, case: Case) -> None:
+        """The case that runs now."""
+        if not self._case:
+            self._begin, self._earlier = time.monotonic(), self.done
+        self._case = case.id
+        now = time.monotonic()
+        if not self._terminal and now - self._told >= QUIET_SECONDS:
+            self._told = now
+            self._say(f"{self.done} of {sum(self._totals.values())} cases, {self._rate()}, at {case.id}")
+
+    def finished(self, record: Mapping[str, Any]) -> None:
+        """A verdict. Failures are told at once; one reason for many cases not run is told once."""
+        state, level, reason = record["state"], record["level"], record["reason"]
+        self._states[level][state] += 1
+        if state == "fail":
+            self._say(f"FAIL {record['id']}: {reason}\n     {reproduce(self._spec, record['id'])}", "red")
+        elif state in ("unsupported", "not_run") and record["required"] and reason not in self._reasons:
+            self._reasons.add(reason)
+            self._say(f"{state.replace('_', ' ').upper()} {record['id']}: {reason}", "yellow")
+        if not self._terminal and self._states[level].total() == self._totals[level]:
+            self._say(f"{level}: {self._counted(level)}")
+
+    def note(self, text: str) -> None:
+        """What happened beside the cases; a loss is told again with its case, so only the table needs to know."""
+
+    # --- how it looks -------------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> int:
+        """Cases with a verdict."""
+        return sum(states.total() for states in self._states.values())
+
+    def _rate(self) -> str:
+        seconds = time.monotonic() - self._begin
+        return f"{(self.done - self._earlier) / seconds:.1f} cases a second" if seconds > 1 else ""
+
+    def _counted(self, level: str) -> str:
+        states = self._states[level]
+        return ", ".join(f"{states[s]} {s.replace('pass', 'passed').replace('_', ' ')}" for s in sorted(states))
+
+    def _say(self, text: str, style: str = "") -> None:
+        # A line from outside may hold control characters; rich would hand those of colour to the terminal.
+        clean = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+        self._console.print(Text(clean, style=style), soft_wrap=True)
+
+    def _table(self) -> Table:
+        seconds = time.monotonic() - self._begin
+        shown = Table(title=Text(self._title), title_justify="left", caption_justify="left")
+        shown.caption = Text(f"{self._case}  {self._rate()}  {seconds:.0f} s")
+        shown.add_column("level")
+        for _, name, style in _COLUMNS:
+            shown.add_column(name, justify="right", style=style)
+        for name in ("not run", "of"):
+            shown.add_column(name, justify="right")
+        for level in LEVELS:
+            total, states = self._totals[level], self._states[level]
+            if total:
+                counts = (str(states[state] or "") for state, _, _ in _COLUMNS)
+                waiting = total - states.total() + states["not_run"]
+                shown.add_row(level, *counts, str(waiting or ""), str(total))
+        return shown
