@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from helios.backend import entry_points as registered
 from helios.errors import BackendUnavailable, HeliosError
 from helios_conformance.session import Session
 
-__all__ = ["describe", "distribution", "kind_of", "refusal", "selected"]
+__all__ = ["checkpoint", "describe", "distribution", "kind_of", "refusal", "selected"]
 
 
 def selected(spec: str) -> Backend:
@@ -69,6 +71,16 @@ def distribution(name: str) -> dict[str, Any]:
     if found is None and name == "reference":
         found = importlib.metadata.distribution("helios-hal")
     return {"distribution": found.name if found else None, "version": found.version if found else None}
+
+
+def checkpoint(folder: Path) -> dict[str, str]:
+    """Name and SHA-256 of a model folder: over the paths and contents of all its files, every byte read."""
+    sha = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            told = hashlib.file_digest(file, "sha256").hexdigest()
+        sha.update(f"{path.relative_to(folder).as_posix()}\0{told}\n".encode())
+    return {"name": folder.resolve().name, "sha256": sha.hexdigest()}
 
 
 def kind_of(session: Session) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import helios
-from helios.cli import backends, bench, doctor, fit, generate, graph, ops, output
+from helios.cli import backends, bench, doctor, extensions, fit, generate, graph, ops, output
 from helios.cli.options import CERTIFY, MAKE_VIDEO, PORT
 from helios.errors import HeliosError
 
@@ -21,6 +21,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="helios",
+    cls=extensions.Commands,
     help="Helios: video from a prompt, chunk by chunk, on any device.",
     epilog="Start with `helios doctor`; each command has its own --help.",
     invoke_without_command=True,

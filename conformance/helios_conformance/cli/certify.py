@@ -1,0 +1,289 @@
+"""``helios certify``: run the suite against a backend, and write down what came of it."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import signal
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from helios.cli import output
+from helios.errors import InputError, UnknownBackend, unknown_name
+
+if TYPE_CHECKING:
+    from helios_conformance.run import RunResult, Setup
+
+__all__ = ["EXAMPLES", "certify"]
+
+EXAMPLES = "Examples: helios certify --backend cpu; helios certify --backend cuda:1 --suite full --level all"
+SUITES = ("quick", "full")
+LEVELS = ("ops", "blocks", "model", "pipeline", "realtime")
+PRECISIONS = ("bf16", "fp32")
+_OPTION = re.compile(r"([a-z_]+)=(.+)")
+
+BackendName = Annotated[
+    str | None, typer.Option(metavar="NAME[:PROVIDER][:INDEX]", help="What is judged.", show_default=False)
+]
+Level = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ops|blocks|model|pipeline|realtime|all",
+        help="The highest level; those that it needs run, too.",
+        show_default="pipeline",
+    ),
+]
+SuiteName = Annotated[str, typer.Option(metavar="quick|full", help="Only the full suite can certify.")]
+Precision = Annotated[
+    str | None, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.", show_default="the backend's first")
+]
+Filters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        metavar="ID",
+        help="Only these cases, such as 'attention[bf16,stage2]'; * for any characters. Repeat it for more.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where the evidence goes.", show_default="out/certify/BACKEND-TIME"),
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of all draws of the suite.")]
+Nonce = Annotated[
+    str | None,
+    typer.Option(metavar="HEX", help="A challenge that somebody else chose.", show_default="drawn by this run"),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; it keeps its settings.")]
+Patience = Annotated[float, typer.Option(metavar="X", help="Factor on the time that each case is given.")]
+Model = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="A checkpoint in place of random weights.", show_default=False)
+]
+Size = Annotated[str | None, typer.Option(metavar="tiny|mini|14b", help="Of realtime.", show_default="14b")]
+Steps = Annotated[str | None, typer.Option(metavar="N,N,N", help="Of realtime, a stage.", show_default="its own")]
+Height = Annotated[int | None, typer.Option(metavar="PIXELS", help="Of realtime.", show_default="384")]
+Width = Annotated[int | None, typer.Option(metavar="PIXELS", help="Of realtime.", show_default="640")]
+Soak = Annotated[str | None, typer.Option(metavar="TIME", help="Of realtime: a long run, such as 30m.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Another setting of realtime, such as chunks=45.", hidden=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")]
+
+
+def certify(
+    backend: BackendName = None,
+    level: Level = None,
+    suite: SuiteName = "quick",
+    precision: Precision = None,
+    filters: Filters = None,
+    out: Out = None,
+    seed: Seed = 0,
+    nonce: Nonce = None,
+    resume: Resume = False,
+    timeout_factor: Patience = 1.0,
+    model: Model = None,
+    size: Size = None,
+    steps: Steps = None,
+    height: Height = None,
+    width: Width = None,
+    soak: Soak = None,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Judge a backend by the conformance suite and keep the evidence.
+
+    Exit status: 0 certified or passed, 1 not certified, 2 a mistake in the command, 130 interrupted (go on with --resume).
+    """
+    chosen = filters or []
+    if resume:
+        setup = _resumed(out, backend)
+    else:
+        realtime = {"size": size, "steps": steps, "height": height, "width": width, "soak": soak}
+        setup = _setup(backend, level, suite, precision, chosen, out, seed, nonce, timeout_factor, model)
+        setup = _with_options(setup, {**_pairs(set_ or []), **{k: v for k, v in realtime.items() if v is not None}})
+    raise typer.Exit(_run(setup, resume=resume, json=json))
+
+
+def _setup(
+    backend: str | None,
+    level: str | None,
+    suite: str,
+    precision: str | None,
+    filters: Sequence[str],
+    out: Path | None,
+    seed: int,
+    nonce: str | None,
+    patience: float,
+    model: Path | None,
+) -> Setup:
+    """The options, checked without importing any backend."""
+    spec = _known(backend)
+    _one_of("suite", suite, SUITES)
+    _one_of("level", level or "all", (*LEVELS, "all"))
+    precision = _one_of("precision to certify", precision, PRECISIONS) if precision else _precision_of(filters)
+    if nonce is not None and not re.fullmatch(r"[0-9a-fA-F]{8,128}", nonce):
+        raise InputError(f"--nonce {nonce!r} is not 8 to 128 hexadecimal digits", f"--nonce {secrets.token_hex(16)}")
+    if not 0.01 <= patience <= 1000:
+        raise InputError(f"--timeout-factor {patience}: wanted 0.01 to 1000")
+    if model is not None and not model.is_dir():
+        raise InputError(f"--model {model} is no folder")
+    from helios_conformance.draws import Root
+    from helios_conformance.run import Setup
+    from helios_conformance.suite import levels_up_to
+
+    return Setup(
+        spec=spec,
+        precision=precision,
+        suite="full" if suite == "full" else "quick",
+        # A case that was asked for by its id is run, whatever its level.
+        levels=levels_up_to(level or ("all" if filters else "pipeline")),
+        filters=tuple(filters),
+        root=Root(seed, nonce.lower() if nonce else secrets.token_hex(16)),
+        model=None if model is None else str(model.resolve()),
+        out=out or _folder(spec),
+        timeout_factor=patience,
+    )
+
+
+def _known(spec: str | None) -> str:
+    """A spec whose name somebody registers; nothing of the backend is imported here."""
+    from helios.backend import names, parse_spec
+
+    if spec is None:
+        raise InputError("certify judges one backend: which?", "`helios backends` lists them; --backend NAME")
+    name = parse_spec(spec)[0]
+    if name not in names():
+        raise UnknownBackend(unknown_name("backend", name, names()), "`helios backends` lists what is installed")
+    return spec
+
+
+def _one_of(kind: str, name: str, known: Sequence[str]) -> str:
+    if name not in known:
+        raise InputError(unknown_name(kind, name, known))
+    return name
+
+
+def _precision_of(filters: Sequence[str]) -> str:
+    """The precision that the ids name, "" where none does: so that an id alone says all."""
+    found = {name for name in PRECISIONS for pattern in filters if re.search(rf"\[{name}[,\]]", pattern)}
+    if len(found) > 1:
+        raise InputError("the filters name both precisions, and a run has one", "run once for each")
+    return found.pop() if found else ""
+
+
+def _folder(spec: str) -> Path:
+    name = re.sub(r"[^a-z0-9]+", "-", spec.lower())
+    return Path("out/certify") / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}Z"
+
+
+def _pairs(given: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` as options; numbers become numbers."""
+    options: dict[str, Any] = {}
+    for text in given:
+        found = _OPTION.fullmatch(text)
+        if found is None:
+            raise InputError(f"--set {text!r}: wanted NAME=VALUE", "--set chunks=45")
+        name, value = found[1], found[2]
+        if name in ("imported", "checkpoint"):
+            raise InputError(f"--set {name}: the suite says that itself")
+        number = re.fullmatch(r"\d+(\.\d+)?", value)
+        options[name] = value if number is None else float(value) if number[1] else int(value)
+    return options
+
+
+def _with_options(setup: Setup, options: Mapping[str, Any]) -> Setup:
+    """The setup with settings of realtime, and with the identity of its checkpoint."""
+    import dataclasses
+
+    from helios_conformance.realtime.options import Options
+
+    Options.of(options)
+    identity: dict[str, Any] = {}
+    if setup.model is not None:
+        from helios_conformance.subject import checkpoint
+
+        identity = {"checkpoint": checkpoint(Path(setup.model))}
+    return dataclasses.replace(setup, options={**options, **identity})
+
+
+def _resumed(out: Path | None, backend: str | None) -> Setup:
+    from helios_conformance.run import RunFolder, Setup
+    from helios_conformance.suite import suite_hash
+
+    if out is None:
+        raise InputError("--resume: which run?", "add --out DIR")
+    setup = Setup.of(RunFolder.open(out, suite_hash())[1]["setup"], out)
+    if backend is not None and backend != setup.spec:
+        raise InputError(f"--resume: the run in {out} is of backend {setup.spec!r}", "leave --backend away")
+    return setup
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def _run(setup: Setup, *, resume: bool, json: bool) -> int:
+    """Run, bundle, tell; the exit status."""
+    import shlex
+
+    from helios_conformance.live import Progress
+    from helios_conformance.runner import Runner
+
+    before = signal.signal(signal.SIGTERM, _interrupt)  # so that a job that is cancelled can go on, too
+    progress = Progress(setup.spec)
+    try:
+        with progress:
+            result = Runner(setup, progress, resume).run()
+        report, verdict = _bundle(result)
+    except KeyboardInterrupt:
+        output.fail(
+            f"interrupted after {output.count(progress.done, 'case')}",
+            shlex.join(["helios", "certify", "--resume", "--out", str(setup.out)]) + " goes on",
+        )
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    _tell(result, report, verdict, json=json)
+    from helios_conformance.verdict import exit_code
+
+    return exit_code(verdict)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _bundle(result: RunResult) -> tuple[Path, dict[str, Any]]:
+    """Write the bundle; the path of its page, and the verdict. The run's own files go only when it stands."""
+    from helios_conformance import bundle, environment
+    from helios_conformance.run import RunFolder
+
+    result.environment = environment.read(result.backend)
+    folder = bundle.write(result, result.setup.out)
+    RunFolder(result.setup.out).clear()
+    return folder / "report.html", bundle.read_report(folder)["verdict"]
+
+
+def _tell(result: RunResult, report: Path, verdict: Mapping[str, Any], *, json: bool) -> None:
+    """The verdict with its scope, and where the report is."""
+    if json:
+        output.print_json({"verdict": verdict, "report": str(report), "out": str(result.setup.out)})
+        return
+    if result.setup.filters:  # few cases: each with its outcome
+        for record in result.records:
+            output.line(f"{record['state']}  {record['id']}  {record['reason']}".rstrip())
+    for level, told in verdict["levels"].items():
+        if told["reason"] and level in result.setup.levels and told["state"] != "pass":
+            output.line(f"{level}: {told['state'].replace('_', ' ')}: {told['reason']}")
+    peaks = [output.gigabytes(result.peak_rss.get(who, 0)) for who in ("parent", "worker")]
+    lost = f"; {output.count(result.workers.get('lost', 0), 'worker')} lost" if result.workers.get("lost") else ""
+    output.note(f"Peak memory: {peaks[0]} here, {peaks[1]} in a worker{lost}")
+    output.line()
+    good = verdict["word"] != "not certified"
+    output.line(verdict["sentence"], "bold green" if good else "bold red")
+    output.line(f"Report: {report}")

@@ -1,0 +1,1 @@
+"""The cases as tests: ``pytest --pyargs helios_conformance --backend NAME``."""
