@@ -1,0 +1,35 @@
+"""Wrong backends, made by wrapping a right one: the suite's own test. Each must be caught.
+
+``make mutants`` runs them all; ``docs/mutants.md`` is what it printed last.
+"""
+
+from __future__ import annotations
+
+from helios_conformance.mutants import (
+    attention,
+    conditions,
+    declarations,
+    memory,
+    norms,
+    positions,
+    products,
+    programs,
+    sampler,
+)
+from helios_conformance.mutants.kill import Attempt, Kill, attempt, likeliest_first
+from helios_conformance.mutants.mutant import Mutant
+
+__all__ = ["MUTANTS", "Attempt", "Kill", "Mutant", "attempt", "likeliest_first"]
+
+MUTANTS: tuple[Mutant, ...] = (
+    *attention.MUTANTS,
+    *norms.MUTANTS,
+    *products.MUTANTS,
+    *positions.MUTANTS,
+    *sampler.MUTANTS,
+    *memory.MUTANTS,
+    *conditions.MUTANTS,
+    *programs.MUTANTS,
+    *declarations.MUTANTS,
+)
+"""By family; names are unique."""
