@@ -1,8 +1,8 @@
 """Commands of other packages: the entry points of the group ``helios.commands``, found when somebody asks for them.
 
 An entry point names a function that typer takes, or a ``typer.Typer`` with commands of its own. Its module may hold
-``EXAMPLES``, shown below its help. What cannot be loaded harms nobody: it is listed as unavailable, and says why when it
-is called.
+``EXAMPLES``, shown below its help. What cannot be loaded harms nobody: it is listed as unavailable, and says why when
+it is called.
 """
 
 from __future__ import annotations
@@ -62,8 +62,6 @@ def _command(name: str, points: list[EntryPoint]) -> Any:
 def _made(name: str, given: Any) -> Any:
     """A function, or a group of commands, under its name in the help's panel."""
     if isinstance(given, typer.Typer):
-        # A Typer of one command would otherwise become that command, without its name.
-        given.callback()(lambda: None) if given.registered_callback is None else None
         made = typer.main.get_command(given)
     else:
         app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)

@@ -11,7 +11,12 @@ from helios.cli.options import JsonOption
 
 __all__ = ["app", "listing"]
 
-app = typer.Typer(no_args_is_help=True, help="List the cases of the conformance suite, or export them.")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _group() -> None:
+    """List the cases of the conformance suite, or export them."""
 
 
 @app.command("list", epilog="Example: helios cases list --level ops --precision bf16 --filter 'attention'")

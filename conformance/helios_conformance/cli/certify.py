@@ -98,7 +98,7 @@ def certify(
 ) -> None:
     """Judge a backend by the conformance suite and keep the evidence.
 
-    Exit status: 0 certified or passed, 1 not certified, 2 a mistake in the command, 130 interrupted (go on with --resume).
+    Exit status: 0 certified or passed, 1 not certified, 2 a mistake in the command, 130 interrupted.
     """
     chosen = filters or []
     if resume:
