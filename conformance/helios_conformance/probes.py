@@ -34,7 +34,7 @@ from helios.errors import UnsupportedNode
 from helios.graph import Rate, TensorType
 from helios.op import Kind
 from helios.program import Program
-from helios_conformance.case import Case, Judged, Observation, Verdict
+from helios_conformance.case import Case, Judged, Kept, Observation, Verdict
 from helios_conformance.draws import Root
 from helios_conformance.guards import Allocations, Guarded, Layout, Treatment, dirty, share_memory
 from helios_conformance.node_values import NodeValues
@@ -42,7 +42,19 @@ from helios_conformance.one_node import WEIGHTS, OneNode, types_of
 from helios_conformance.references import References
 from helios_conformance.session import Session
 
-__all__ = ["JUDGED", "Subject", "draw_treatments", "judge", "judge_facts", "observe", "same_bits", "share_of", "split"]
+__all__ = [
+    "JUDGED",
+    "Subject",
+    "draw_treatments",
+    "judge",
+    "judge_facts",
+    "judge_values",
+    "keep",
+    "observe",
+    "on_host",
+    "same_bits",
+    "split",
+]
 
 JUDGED = ("", "other", "padded", "permuted")
 """The runs whose numbers are judged; the empty one is ``a``."""
@@ -127,36 +139,54 @@ def observe(case: Case, session: Session, subject: Subject, *, brief: bool = Fal
     here = watch.place("", node, "contiguous")
     program = watch.load("load", node, here)
     first = watch.run("a", node, program, here)
-    kept = _on_host(first)
+    kept = on_host(first)
     outputs = {"": kept}
     if not brief:
         outputs |= watch.others(node, program, here, kept)
         watch.kept(first, kept)
-    told = {
-        f"{name}@{run}" if run else name: value
+    values = {run: subject.values(run, brief) for run in outputs}
+    return Observation(keep(case, session, values, outputs), watch.facts(program), program.coverage.rows())
+
+
+def keep(
+    case: Case, session: Session, values: Mapping[str, NodeValues], outputs: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Kept]:
+    """What is kept of the outputs of several runs, by run and name."""
+    return {
+        _label(name, run): kept
         for run, tensors in outputs.items()
-        for name, value in subject.values(run, brief).keep(session, case, tensors).items()
+        for name, kept in values[run].keep(session, case, tensors).items()
     }
-    return Observation(told, watch.facts(program), program.coverage.rows())
 
 
 def judge(
     case: Case, observation: Observation, root: Root, references: References, subject: Subject, *, brief: bool = False
 ) -> Verdict:
     """Judge what ``observe`` saw: the numbers of every run, then what surrounds them."""
-    reasons: list[str] = []
-    judged: dict[str, Judged] = {}
-    runs = JUDGED[:1] if brief else JUDGED
-    for run in runs:
-        part = {split(name)[0]: kept for name, kept in observation.outputs.items() if split(name)[1] == run}
-        verdict = subject.values(run, brief).judge(case, Observation(part), root, references)
-        judged |= {f"{name}@{run}" if run else name: numbers for name, numbers in verdict.judged.items()}
-        if verdict.reason:
-            reasons.append(f"run {run!r}: {verdict.reason}" if run else verdict.reason)
-    strange = sorted({split(name)[1] for name in observation.outputs} - set(runs))
-    reasons += [f"there is no run {run!r}" for run in strange]
+    values = {run: subject.values(run, brief) for run in (JUDGED[:1] if brief else JUDGED)}
+    reasons, judged = judge_values(case, observation, root, references, values)
     reasons += judge_facts(observation.facts, op.get(subject.op).kind, brief=brief)
     return Verdict("fail" if reasons else "pass", "; ".join(reasons), judged)
+
+
+def judge_values(
+    case: Case, observation: Observation, root: Root, references: References, values: Mapping[str, NodeValues]
+) -> tuple[list[str], dict[str, Judged]]:
+    """The numbers of every run, by the budget: what is wrong, and the numbers. A run that is missing is wrong."""
+    reasons: list[str] = []
+    judged: dict[str, Judged] = {}
+    for run, node in values.items():
+        part = {split(name)[0]: kept for name, kept in observation.outputs.items() if split(name)[1] == run}
+        verdict = node.judge(case, Observation(part), root, references)
+        judged |= {_label(name, run): numbers for name, numbers in verdict.judged.items()}
+        if verdict.reason:
+            reasons.append(f"run {run!r}: {verdict.reason}" if run else verdict.reason)
+    strange = sorted({split(name)[1] for name in observation.outputs} - set(values))
+    return [*reasons, *(f"there is no run {run!r}" for run in strange)], judged
+
+
+def _label(output: str, run: str) -> str:
+    return f"{output}@{run}" if run else output
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -245,7 +275,7 @@ class _Watch:
     ) -> dict[str, dict[str, Tensor]]:
         """Every run but the first; outputs on the host, by run, of those that are judged."""
         there = self.place("other", node, "contiguous")
-        outputs = {"other": _on_host(self.run("other", node, program, there))}
+        outputs = {"other": on_host(self.run("other", node, program, there))}
         self.rewrite(there, self.subject.operands(""))
         self._same("repeats_equal", self.run("again", node, program, there), wanted, " in run 'again'")
         anew = self.load("load_anew", node, here)
@@ -253,7 +283,7 @@ class _Watch:
         return outputs | self.strided(node, program)
 
     def _same(self, fact: str, outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str = "") -> None:
-        for name, tensor in _on_host(outputs).items():
+        for name, tensor in on_host(outputs).items():
             self._note(fact, not same_bits(tensor, wanted[name]), name + where)
 
     def kept(self, outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -270,7 +300,7 @@ class _Watch:
             except UnsupportedNode as error:
                 self.declined, free, runner = error.why, node, program
         layouts: tuple[Layout, ...] = ("padded", "permuted")
-        return {at: _on_host(self.run(at, free, runner, self.place("", free, at))) for at in layouts}
+        return {at: on_host(self.run(at, free, runner, self.place("", free, at))) for at in layouts}
 
     def _note(self, fact: str, wrong: bool, where: str) -> None:
         if wrong:
@@ -323,7 +353,8 @@ def _each(fn: Callable[[str, Any], Any], operands: Sequence[Any], prefix: str = 
     return made
 
 
-def _on_host(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_host(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the host, also where the device is the host."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in outputs.items()}
 
 
