@@ -1,7 +1,8 @@
 """The error budget: how far from the float64 oracle a result may be. Nothing else in the suite has a tolerance.
 
 Four statistics compare a result y with the oracle o. Each bound follows from the error of the reference in the working
-dtype, which is committed with the suite, and from a floor that any right kernel keeps; ``docs/conformance.md`` derives both.
+dtype, which is committed with the suite, and from a floor that any right kernel keeps; ``docs/conformance.md`` derives
+both.
 u is the unit roundoff: 2⁻²⁴ for float32, 2⁻⁸ for bfloat16. K is the number of terms of the longest sum.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from helios.op import Kind
 
-__all__ = ["Errors", "bounds", "exact", "exceeded", "measure", "unit"]
+__all__ = ["NONE", "Errors", "bounds", "directions", "exact", "exceeded", "measure", "rounds_once", "unit"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,6 +38,10 @@ class Errors:
     count: int
 
 
+NONE = Errors(0.0, 0.0, 0.0, 0.0, 0)
+"""No error: what data movement is allowed."""
+
+
 def unit(dtype: torch.dtype) -> float:
     """Unit roundoff: half the distance from 1 to the next number."""
     return torch.finfo(dtype).eps / 2
@@ -56,7 +61,7 @@ def measure(result: Tensor, oracle: Tensor) -> Errors:
     y, o = result.double()[right], oracle[right]
     count = o.numel()
     if not count:
-        return Errors(0.0, 0.0, 0.0, 0.0, 0)
+        return NONE
     if not bool(y.isfinite().all()):
         return Errors(math.inf, math.inf, math.inf, 1.0, count)
     difference = y - o
@@ -84,7 +89,24 @@ def exact(result: Tensor, wanted: Tensor) -> bool:
     return bool(((result == wanted) | (result.isnan() & wanted.isnan())).all())
 
 
-def bounds(kind: Kind, dtype: torch.dtype, terms: int, count: int, reference: Errors) -> Errors:
+def directions(oracle: Tensor) -> float:
+    """Over how many elements the gain is an average: (Σo²)² / Σo⁴, which is their number where all are of one size, and
+    less where a few large ones decide."""
+    size = oracle[oracle.isfinite()].double()
+    if not bool(size.any()):
+        return 1.0
+    square = (size / size.abs().max()).square()
+    return float(square.sum().square() / square.square().sum())
+
+
+def rounds_once(reference: Errors) -> bool:
+    """Whether the reference gives the oracle rounded, but for a few elements: no rounding stands between."""
+    return reference.misrounded < 0.02
+
+
+def bounds(
+    kind: Kind, dtype: torch.dtype, terms: int, count: int, reference: Errors, along: float | None = None
+) -> Errors:
     """What a result may err.
 
     Args:
@@ -93,19 +115,19 @@ def bounds(kind: Kind, dtype: torch.dtype, terms: int, count: int, reference: Er
         terms: K.
         count: elements compared.
         reference: errors of the reference in the working dtype, the largest of several seeds.
+        along: ``directions`` of the oracle; ``None`` for the count.
     """
     u = unit(dtype)
-    once = kind == "round"
+    once = rounds_once(reference)
+    grown = math.sqrt(terms) if dtype == torch.float32 else 1.0
     # Rounding to nearest errs by 0.37 u to 0.58 u in the norm, truncation by twice that: the floor lies between.
-    floor = u * math.sqrt(terms) if dtype == torch.float32 else 0.6 * u
-    norm = max(floor, (1.15 if once else 1.5) * reference.norm)
-    worst = max(5 * u * math.sqrt(terms) if dtype == torch.float32 else 5 * u, 2 * reference.worst)
-    # The gain of errors that have no direction is about norm / √count: four of these never happen by chance.
-    gain = abs(reference.gain) + u / 8 + 4 * norm / math.sqrt(max(count, 1))
-    off = 1.0
-    if once and reference.misrounded < 0.02:
-        off = 0.05 + 3 * math.sqrt(0.05 * 0.95 / max(count, 1))
-    return Errors(norm, worst, gain, off, count)
+    floor = u * grown if dtype == torch.float32 else 0.6 * u
+    norm = max(floor, (1.15 if once and kind == "round" else 1.5) * reference.norm)
+    worst = max(5 * u * grown, 2 * reference.worst)
+    # The gain of errors that have no direction is about norm / √n: four of these never happen by chance.
+    gain = abs(reference.gain) + u / 8 + 4 * norm / math.sqrt(max(count if along is None else along, 1.0))
+    off = 0.05 + 3 * math.sqrt(0.05 * 0.95 / max(count, 1)) if once else 1.0
+    return Errors(norm, worst, gain, min(off, 1.0), count)
 
 
 def exceeded(errors: Errors, allowed: Errors) -> list[str]:

@@ -14,9 +14,9 @@ from helios.graph import Builder, Graph, Rate, TensorType, Value
 from helios.program import EMPTY, Program
 from helios_conformance.session import Session
 
-__all__ = ["WEIGHTS", "OneNode", "outputs_of", "run_body", "widened"]
+__all__ = ["WEIGHTS", "OneNode", "outputs_of", "run_body", "types_of", "widened"]
 
-WEIGHTS = frozenset({"weight", "bias", "wq", "wk", "wv", "bq", "bk", "bv", "q_weight", "k_weight", "norm_q", "norm_k"})
+WEIGHTS = frozenset({"weight", "bias", "gamma", "wq", "wk", "wv", "bq", "bk", "bv", "q_weight", "k_weight"})
 """Operands that are weights in every Helios graph: given at that rate, so that kernels that pack them do so."""
 
 
@@ -70,8 +70,12 @@ class OneNode:
 
     def run(self, program: Program, tensors: Sequence[Any]) -> dict[str, Tensor]:
         """One step; the outputs on the device. Operands that are on the device already are not copied."""
+        return program.run("main", self.feeds(tensors), EMPTY)
+
+    def feeds(self, tensors: Sequence[Any]) -> dict[str, Tensor]:
+        """The operands that change with each step, by the names of the graph's inputs."""
         steps = {v.name for v in self.graph.inputs_at(Rate.STEP)}
-        return program.run("main", {n: t for n, t in _by_name(tensors).items() if n in steps}, EMPTY)
+        return {n: t for n, t in _by_name(tensors).items() if n in steps}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,6 +111,7 @@ def run_body(record: op.Op[Any, Any], tensors: Sequence[Any], attrs: Mapping[str
 
 
 def outputs_of(result: Any) -> dict[str, Tensor]:
+    """What an op returned, by name: ``o0``, ``o1`` …"""
     return {f"o{i}": t for i, t in enumerate(result if isinstance(result, tuple | list) else (result,))}
 
 

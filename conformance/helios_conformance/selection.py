@@ -1,8 +1,8 @@
 """Which elements of an output are kept and judged.
 
 Small outputs are kept whole. Of a large one, rows and columns: those where kernels tend to go wrong (first, last, both
-sides of a tile's or segment's edge), and others drawn from a key that contains the output's own digest: a backend cannot know
-them before it has computed the output.
+sides of a tile's or segment's edge), and others drawn from a key that holds the output's own digest: a backend cannot
+know them before it has computed the output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from helios_conformance.case import Kept
 from helios_conformance.draws import Root
 
-__all__ = ["BUDGET_BYTES", "Selection", "digest", "keep", "select"]
+__all__ = ["BUDGET_BYTES", "Layout", "Selection", "as_matrix", "digest", "keep", "select", "selection"]
 
 BUDGET_BYTES = 64 << 10
 """Of one case's kept outputs; each output gets its share."""
@@ -40,27 +40,52 @@ class Selection:
             return matrix.reshape(-1)
         return matrix[self.rows][:, self.columns].reshape(-1)
 
+    @property
+    def whole(self) -> bool:
+        return self.rows is None
 
-def select(
-    rows: int, columns: int, itemsize: int, key: int, *, borders: tuple[int, ...] = (), share: int = 1
-) -> Selection:
+    def count(self, numel: int) -> int:
+        """Elements kept of an output of ``numel``."""
+        return numel if self.rows is None or self.columns is None else self.rows.numel() * self.columns.numel()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """How an output is seen as a matrix, and what of it is always kept.
+
+    Attributes:
+        row_dims: how many leading dimensions count as rows; the rest are columns. ``None``: all but the last.
+        borders: rows at which a segment begins; they and the rows before are kept.
+        columns: that are kept beside the first and the last.
+    """
+
+    row_dims: int | None = None
+    borders: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
+
+
+PLAIN = Layout()
+
+
+def select(rows: int, columns: int, itemsize: int, key: int, layout: Layout = PLAIN, *, share: int = 1) -> Selection:
     """Choose elements.
 
     Args:
         rows, columns: of the output as a matrix.
         itemsize: bytes of an element.
         key: from ``Root.key(case, output, digest)``.
-        borders: rows at which a segment begins; they and the rows before are kept.
+        layout: what is kept in any case.
         share: by how many outputs the budget is shared.
     """
     room = BUDGET_BYTES // (itemsize * share)
     if rows * columns <= room:
         return Selection(None, None)
-    chosen = np.unique([*_edges(rows, borders), *_drawn(key, rows)])
+    chosen = np.unique([*_edges(rows, layout.borders), *_drawn(key, rows)])
     wide = max(4, room // len(chosen))
     if wide >= columns:
         return Selection(torch.from_numpy(chosen), torch.arange(columns))
-    picked = np.unique([0, columns - 1, *_drawn(key + 1, columns, wide - 2)])
+    always = sorted({c for c in (0, columns - 1, *layout.columns) if 0 <= c < columns})[: wide // 2]
+    picked = np.unique([*always, *_drawn(key + 1, columns, wide - len(always))])
     return Selection(torch.from_numpy(chosen), torch.from_numpy(picked))
 
 
@@ -84,33 +109,21 @@ def _drawn(key: int, size: int, count: int = _DRAWN) -> list[int]:
 def digest(tensor: Tensor) -> str:
     """SHA-256 of the bytes of a host tensor, in row-major order."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"").hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
 
 
-def keep(
-    root: Root,
-    case: str,
-    name: str,
-    tensor: Tensor,
-    *,
-    row_dims: int | None = None,
-    borders: tuple[int, ...] = (),
-    share: int = 1,
-) -> Kept:
+def keep(root: Root, case: str, name: str, tensor: Tensor, layout: Layout = PLAIN, *, share: int = 1) -> Kept:
     """What is kept of an output, on the host.
 
     Args:
         root, case, name: with the output's digest, what keys the selection.
         tensor: the whole output, on any device.
-        row_dims: how many leading dimensions count as rows; the rest are columns. Default: all but the last.
-        borders, share: as for ``select``.
+        layout, share: as for ``select``.
     """
     host = tensor.detach().to("cpu").contiguous()
     told = digest(host)
-    chosen = selection(
-        root, case, name, tuple(host.shape), host.dtype, told, row_dims=row_dims, borders=borders, share=share
-    )
-    values = chosen.take(as_matrix(host, row_dims)).clone()
+    chosen = selection(root, case, name, tuple(host.shape), host.dtype, told, layout, share=share)
+    values = chosen.take(as_matrix(host, layout)).clone()
     dtype = str(host.dtype).removeprefix("torch.")
     return Kept(values, tuple(host.shape), dtype, told, _finite(host))
 
@@ -122,25 +135,24 @@ def selection(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     told: str,
+    layout: Layout = PLAIN,
     *,
-    row_dims: int | None = None,
-    borders: tuple[int, ...] = (),
     share: int = 1,
 ) -> Selection:
     """The selection that ``keep`` made, from what a bundle says of the output."""
-    at = _split(shape, row_dims)
+    at = _split(shape, layout)
     key = root.key("selection", case, name, told)
-    return select(math.prod(shape[:at]), math.prod(shape[at:]), dtype.itemsize, key, borders=borders, share=share)
+    return select(math.prod(shape[:at]), math.prod(shape[at:]), dtype.itemsize, key, layout, share=share)
 
 
-def as_matrix(tensor: Tensor, row_dims: int | None = None) -> Tensor:
+def as_matrix(tensor: Tensor, layout: Layout = PLAIN) -> Tensor:
     """The output as ``[rows, columns]``."""
-    at = _split(tuple(tensor.shape), row_dims)
+    at = _split(tuple(tensor.shape), layout)
     return tensor.reshape(math.prod(tensor.shape[:at]), math.prod(tensor.shape[at:]))
 
 
-def _split(shape: tuple[int, ...], row_dims: int | None) -> int:
-    return max(0, len(shape) - 1) if row_dims is None else row_dims
+def _split(shape: tuple[int, ...], layout: Layout) -> int:
+    return max(0, len(shape) - 1) if layout.row_dims is None else layout.row_dims
 
 
 def _finite(tensor: Tensor) -> bool:
