@@ -13,6 +13,7 @@ from helios_conformance.checks import (
     pipeline,
     plan_nodes,
 )
+from helios_conformance.realtime import checks as realtime
 
 __all__ = ["CHECKS", "get"]
 
@@ -25,6 +26,7 @@ CHECKS: tuple[Check, ...] = (
     *blocks.CHECKS,
     *model.CHECKS,
     *pipeline.CHECKS,
+    *realtime.CHECKS,
 )
 
 
