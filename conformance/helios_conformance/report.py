@@ -17,11 +17,11 @@ from typing import Any
 
 import helios
 from helios.ops import OPSET, opset_hash
-from helios_conformance import FORMAT, suite, verdict
+from helios_conformance import FORMAT, realtime, suite, verdict
 from helios_conformance.case import Case
 from helios_conformance.run import RunResult
 
-__all__ = ["assemble", "coverage", "derived", "divergence", "dumps", "schema"]
+__all__ = ["assemble", "coverage", "derived", "divergence", "dumps", "schema", "speed"]
 
 VARIANTS = ("base", "mid", "distilled")
 """Published ways to sample; the cases take all of them."""
@@ -81,7 +81,7 @@ def derived(report: Mapping[str, Any]) -> dict[str, Any]:
     cases = whole["cases"]
     whole["coverage"] = coverage(cases)
     whole["divergence"] = divergence(cases)
-    whole["realtime"] = realtime(whole)
+    whole["realtime"] = speed(whole)
     whole["tier"] = "self-tested"
     whole["verdict"] = verdict.conclude(whole)
     whole["not_proved"] = verdict.not_proved(whole)
@@ -108,10 +108,9 @@ def divergence(cases: Iterable[Mapping[str, Any]]) -> Any:
     return next(found, None)
 
 
-def realtime(report: Mapping[str, Any]) -> Any:
-    """The section on speed; None where none was measured."""
-    found = (case["facts"]["realtime"] for case in report["cases"] if "realtime" in case["facts"])
-    return next(found, None)
+def speed(report: Mapping[str, Any]) -> Any:
+    """The section on real time; None where none was measured."""
+    return _plain(realtime.section(report["cases"], report["backend"]))
 
 
 def _suite(result: RunResult) -> dict[str, Any]:
@@ -156,6 +155,7 @@ def _records(result: RunResult, precision: str) -> list[dict[str, Any]]:
 
 
 def _absent(case: Case, problem: str) -> dict[str, Any]:
+    reason = problem or "the run ended before"
     return {
         "id": case.id,
         "level": case.level,
@@ -163,9 +163,9 @@ def _absent(case: Case, problem: str) -> dict[str, Any]:
         "precision": case.precision,
         "required": case.required,
         "state": "not_run",
-        "reason": problem or "the run ended before",
+        "reason": reason,
         "seconds": 0.0,
-        "facts": {},
+        "facts": {"not_run": reason},
         "coverage": [],
         "unsupported": "",
         "outputs": {},

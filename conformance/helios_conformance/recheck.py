@@ -1,0 +1,152 @@
+"""Judging the cases of a bundle anew: inputs drawn again, the oracle computed again, kept outputs judged again."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helios_conformance import selection
+from helios_conformance.case import Case
+from helios_conformance.draws import Root
+from helios_conformance.intake import shown
+from helios_conformance.record import observation_of, record
+from helios_conformance.references import References
+from helios_conformance.runner import judged
+
+__all__ = ["HOSTS", "case_differences", "differences", "output_contradictions"]
+
+HOSTS = 1e-4
+"""Part of its bound by which a statistic may differ between two hosts: sums of float64 depend on their order. What is
+within its bound, and whether it is, is decided by the recomputed figure alone."""
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.int64, torch.int32, torch.uint8, torch.bool)}
+
+Difference = tuple[str, str]
+"""Where, and what is wrong there."""
+
+
+def case_differences(
+    told: Mapping[str, Any], case: Case, tensors: Mapping[str, Tensor], root: Root, references: References
+) -> list[Difference]:
+    """Where a case's record is not what its kept outputs and facts give.
+
+    Args:
+        told: the record, as the schema allows.
+        case: of that id.
+        tensors: kept elements by ``case/output``.
+        root: of the run.
+        references: of the suite.
+    """
+    wrong = list(output_contradictions(told, tensors))
+    if wrong:
+        return wrong
+    observation = observation_of(told, tensors)
+    verdict = judged(case, observation, root, references)
+    fresh = json.loads(json.dumps(record(case, observation, verdict, told["seconds"])))
+    return _against(told, fresh)
+
+
+def output_contradictions(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Difference]:
+    """Kept elements that are not what the record says of them."""
+    for name, output in told["outputs"].items():
+        values = tensors[f"{told['id']}/{name}"]
+        place = f"outputs.{name}"
+        if _DTYPES.get(output["dtype"]) != values.dtype:
+            yield f"{place}.dtype", f"the kept elements are {str(values.dtype).removeprefix('torch.')}"
+        elif values.shape != (output["kept"],):
+            yield f"{place}.kept", f"the kept elements have the shape {list(values.shape)}"
+        elif output["kept"] > math.prod(output["shape"]):
+            yield f"{place}.kept", "more elements are kept than there are"
+        else:
+            yield from _whole(place, output, values)
+
+
+def _whole(place: str, output: Mapping[str, Any], values: Tensor) -> Iterator[Difference]:
+    """Of an output kept whole everything can be said, of others less."""
+    finite = bool(values.isfinite().all())
+    if output["kept"] == math.prod(output["shape"]):
+        if selection.digest(values) != output["digest"]:
+            yield f"{place}.digest", "it is not the SHA-256 of the kept elements, which are all there are"
+        if finite != output["finite"]:
+            yield f"{place}.finite", f"the kept elements, which are all there are, say {finite}"
+    elif output["finite"] and not finite:
+        yield f"{place}.finite", "elements that were kept are not finite"
+
+
+def _against(told: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[Difference]:
+    """A record against the recomputed one; figures and the words about them may differ as hosts do."""
+    wrong = [
+        (f"outputs.{name}.{which}.{key}", f"it says {_text(output[which][key])}, recomputed {_text(value)}")
+        for name, output in told["outputs"].items()
+        for which in ("errors", "bounds", "reference")
+        if _pair(output, fresh["outputs"][name], which)
+        for key, value in fresh["outputs"][name][which].items()
+        if not _near(output[which][key], value, fresh["outputs"][name]["bounds"][key])
+    ]
+    if told["state"] != fresh["state"]:
+        wrong.append(("state", f"it says {told['state']}, recomputed {fresh['state']}: {shown(str(fresh['reason']))}"))
+    elif not _same_words(told["reason"], str(fresh["reason"])):
+        wrong.append(("reason", f"it says {_text(told['reason'])}, recomputed {_text(fresh['reason'])}"))
+    return wrong + differences(_without(told), _without(fresh))
+
+
+def _pair(told: Mapping[str, Any], fresh: Mapping[str, Any], which: str) -> bool:
+    """Whether both have these statistics; where only one has them, the comparison of the rest tells."""
+    return bool(told.get(which)) and bool(fresh.get(which)) and set(told[which]) == set(fresh[which])
+
+
+def _without(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with what was compared already reduced to whether it is there."""
+    outputs = {
+        name: {k: v is not None if k in ("errors", "bounds", "reference") else v for k, v in output.items()}
+        for name, output in told["outputs"].items()
+    }
+    return {k: v for k, v in told.items() if k not in ("state", "reason")} | {"outputs": outputs}
+
+
+def _near(told: Any, fresh: Any, bound: Any) -> bool:
+    if isinstance(told, str) or isinstance(fresh, str) or type(told) is not type(fresh):
+        return bool(told == fresh and type(told) is type(fresh))
+    scale = max(abs(fresh), 0.0 if isinstance(bound, str) else abs(bound))
+    return bool(abs(told - fresh) <= (HOSTS * scale if isinstance(fresh, float) else 0))
+
+
+def _same_words(told: str, fresh: str) -> bool:
+    """Whether two sentences agree, their numbers up to two units of the third digit."""
+    if _NUMBER.split(told) != _NUMBER.split(fresh):
+        return False
+    pairs = zip(_NUMBER.findall(told), _NUMBER.findall(fresh), strict=True)
+    return all(a == b or math.isclose(float(a), float(b), rel_tol=0.02) for a, b in pairs)
+
+
+def differences(told: Any, wanted: Any, place: str = "") -> list[Difference]:
+    """Where two JSON values differ, types included: 1, 1.0 and true are three things."""
+    if isinstance(told, dict) and isinstance(wanted, dict):
+        keys = [*wanted, *(key for key in told if key not in wanted)]
+        return [d for key in keys for d in _item(told, wanted, key, f"{place}.{key}" if place else str(key))]
+    if isinstance(told, list) and isinstance(wanted, list) and len(told) == len(wanted):
+        pairs = enumerate(zip(told, wanted, strict=True))
+        return [d for i, (a, b) in pairs for d in differences(a, b, f"{place}[{i}]")]
+    if type(told) is type(wanted) and told == wanted:
+        return []
+    return [(place, f"it says {_text(told)}, and must say {_text(wanted)}")]
+
+
+def _item(told: Mapping[str, Any], wanted: Mapping[str, Any], key: str, place: str) -> list[Difference]:
+    if key not in told:
+        return [(place, "it is missing")]
+    if key not in wanted:
+        return [(place, "it does not belong there")]
+    return differences(told[key], wanted[key], place)
+
+
+def _text(value: Any) -> str:
+    return shown(json.dumps(value, ensure_ascii=False), 160)
