@@ -15,11 +15,12 @@ from helios_conformance.mutants import (
     products,
     programs,
     sampler,
+    timing,
 )
-from helios_conformance.mutants.kill import Attempt, Kill, attempt, likeliest_first
+from helios_conformance.mutants.kill import Attempt, Bench, Kill, attempt, likeliest_first
 from helios_conformance.mutants.mutant import Mutant
 
-__all__ = ["MUTANTS", "Attempt", "Kill", "Mutant", "attempt", "likeliest_first"]
+__all__ = ["MUTANTS", "Attempt", "Bench", "Kill", "Mutant", "attempt", "likeliest_first"]
 
 MUTANTS: tuple[Mutant, ...] = (
     *attention.MUTANTS,
@@ -31,5 +32,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *conditions.MUTANTS,
     *programs.MUTANTS,
     *declarations.MUTANTS,
+    *timing.MUTANTS,
 )
 """By family; names are unique."""

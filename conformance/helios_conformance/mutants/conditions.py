@@ -172,7 +172,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("one_in_a_thousand", "In large outputs one element of a thousand is zero.", _small_only, "gelu"),
     _mutant("beyond_int32_only", "Only elements beyond index 2^31 are wrong.", _beyond_int32, "add", suite="full"),
     _mutant("odd_widths_crash", "Widths that are no multiple of 8 raise an error.", _odd_refused, "rms_norm"),
-    _stateful("race", "One call in twenty mixes up two rows.", _race, "attention", repeats=135),
+    _stateful("race", "One call in twenty mixes up two rows.", _race, "attention", repeats=135, suite="full"),
     _stateful(
         "sums_in_any_order",
         "Sums are added in an order of chance.",

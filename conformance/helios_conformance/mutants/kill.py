@@ -2,20 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from helios.backend import Backend
 from helios_conformance import suite
 from helios_conformance.case import LEVELS, Case, Judged, Level, Observation, Verdict
 from helios_conformance.draws import Root
-from helios_conformance.execute import run_here
+from helios_conformance.execute import judge, observe
 from helios_conformance.mutants.mutant import Mutant
 from helios_conformance.references import References
 from helios_conformance.session import Session
 
-__all__ = ["Attempt", "Kill", "attempt", "likeliest_first"]
+__all__ = ["Attempt", "Bench", "Kill", "attempt", "likeliest_first"]
+
+
+SMALL: Mapping[str, Any] = {
+    "size": "tiny",
+    "height": 64,
+    "width": 64,
+    "tokens": 16,
+    "chunks": 8,
+    "seconds": 0.5,
+    "warmup": 1,
+    "ceiling": 0.02,
+    "pairs": 2,
+    "steps": (1, 1, 1),
+}
+"""Options of level realtime: its rules are exercised, no speed is measured."""
+
+
+@dataclasses.dataclass(eq=False)
+class Bench:
+    """What mutants are tried on: a right backend, and what it does with the same cases.
+
+    A case that the right backend fails as well catches nothing. ``alarms`` keeps those that were met, by id, with the
+    reason: each is a defect of the suite or of that backend.
+    """
+
+    right: Backend
+    root: Root
+    references: References
+    alarms: dict[str, str] = dataclasses.field(default_factory=dict)
+    _sound: set[str] = dataclasses.field(default_factory=set)
+
+    def session(self, backend: Backend) -> Session:
+        return Session(backend, self.root, options=SMALL)
+
+    def sound(self, case: Case) -> bool:
+        """Whether the right backend passes a case; run once."""
+        if case.id not in self._sound and case.id not in self.alarms:
+            try:
+                verdict = _run(case, self.session(self.right), self.references)[1]
+            except KeyError as error:  # no reference error yet
+                verdict = Verdict("not_run", str(error))
+            if verdict.state == "pass":
+                self._sound.add(case.id)
+            else:
+                self.alarms[case.id] = f"{verdict.state}: {verdict.reason}"
+        return case.id in self._sound
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,26 +95,17 @@ class Attempt:
     seconds: float
 
 
-def attempt(
-    mutant: Mutant,
-    right: Backend,
-    precision: str,
-    root: Root,
-    references: References,
-    levels: Iterable[Level] | None = None,
-) -> Attempt:
-    """Run cases against a mutant until one fails.
+def attempt(mutant: Mutant, bench: Bench, precision: str, levels: Iterable[Level] | None = None) -> Attempt:
+    """Run cases against a mutant until one fails that the right backend passes.
 
     Args:
         mutant: to catch.
-        right: the backend that it is made of.
+        bench: of the right backend that it is made of.
         precision: ``bf16`` or ``fp32``.
-        root: of all draws.
-        references: reference errors.
         levels: whose cases run; by default its own and those below.
     """
     started = time.perf_counter()
-    session = Session(mutant.apply(right), root)
+    session = bench.session(mutant.apply(bench.right))
     if session.backend.emulated:
         told = Kill("", "ops", "emulated", session.backend.emulated)
         return Attempt(mutant, precision, told, 0, time.perf_counter() - started)
@@ -73,27 +113,63 @@ def attempt(
     cases = likeliest_first(suite.choose(precision, mutant.suite, taken), mutant)
     kill, tried = None, 0
     while kill is None and tried < len(cases):
-        kill = _killed_by(cases[tried], session, references)
+        with _clocks_put_back():
+            kill = _killed_by(cases[tried], session, bench)
         tried += 1
     return Attempt(mutant, precision, kill, tried, time.perf_counter() - started)
 
 
 def likeliest_first(cases: Sequence[Case], mutant: Mutant) -> list[Case]:
-    """By level; in each, cases of ops that the mutant computes otherwise come before the rest, as the suite orders
-    them. It is a rule about ops and not about mutants: which case of an op catches it, the suite must find out."""
+    """Its own level's before those below; in each, cases of ops that the mutant computes otherwise before the rest, and
+    the quick suite's before the full one's. It is a rule about ops and not about mutants: which case of an op catches
+    it, the suite must find out."""
 
-    def rank(case: Case) -> tuple[int, bool]:
-        return LEVELS.index(case.level), case.params.get("op") not in mutant.ops
+    def rank(case: Case) -> tuple[int, bool, bool]:
+        return -LEVELS.index(case.level), case.params.get("op") not in mutant.ops, case.suite == "full"
 
     return sorted(cases, key=rank)
 
 
-def _killed_by(case: Case, session: Session, references: References) -> Kill | None:
-    """The kill, if a run with this case could not be certified."""
+def _run(case: Case, session: Session, references: References) -> tuple[Observation, Verdict]:
+    """Both halves of a case in this process, with the clock that a parent would hold outside of the worker."""
+    begin, told = _clock(), list[list[Any]]()
+    session.tell = lambda line: told.append([_clock() - begin, dict(line)])
+    seen = observe(case, session)
+    if told:
+        seen = dataclasses.replace(seen, facts={**seen.facts, "told": told})
+    return seen, judge(case, seen, session.root, references)
+
+
+_clock = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+_TIMERS = ("perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "time", "time_ns")
+
+
+@contextlib.contextmanager
+def _clocks_put_back() -> Iterator[None]:
+    """A worker of its own dies with its clocks; here they are put back."""
+    held = {name: getattr(time, name) for name in _TIMERS}
     try:
-        seen, verdict = run_here(case, session, references)
+        yield
+    finally:
+        for name, timer in held.items():
+            setattr(time, name, timer)
+
+
+def _killed_by(case: Case, session: Session, bench: Bench) -> Kill | None:
+    """The kill, if a run with this case could not be certified but the right backend's could."""
+    try:
+        seen, verdict = _run(case, session, bench.references)
     except SystemExit as error:  # in a worker of its own this ends the worker, which fails the case
         return Kill(case.id, case.level, "crash", f"the worker ended with {error.code}")
+    except KeyError:
+        if bench.sound(case):
+            raise
+        return None
+    kill = _kill(case, seen, verdict)
+    return kill if kill is not None and bench.sound(case) else None
+
+
+def _kill(case: Case, seen: Observation, verdict: Verdict) -> Kill | None:
     if verdict.state == "fail":
         return Kill(case.id, case.level, _statistic(seen, verdict), verdict.reason)
     if verdict.state == "unsupported" and case.required:
