@@ -67,6 +67,8 @@ def layout(name: str, tensors: Operands, attrs: Attrs, output: str) -> Layout:
     if name in ("linear", "linear_gelu", "qkv_linear"):
         return Layout(len(stem) - 1)
     b, s = stem[:2]
+    if name == "attention":
+        return Layout(3, tuple(i * s for i in range(b)), members=stem[2])
     inside = _splits(name, shapes, attrs, s)
     return Layout(2, tuple(sorted({i * s + at for i in range(b) for at in (0, *inside)})))
 
@@ -133,17 +135,18 @@ def _qkv(call: Call, xs: Operands, attrs: dict[str, Any], _: int, rows: Tensor, 
 
 
 def _attention(call: Call, xs: Operands, attrs: dict[str, Any], _: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """The chosen queries, one head at a time, so that only one head's scores exist."""
+    """The chosen queries of each head, one head at a time, so that only one head's scores exist."""
     q, k, v = xs
-    head, channel = columns // q.shape[3], columns % q.shape[3]
-    parts = []
-    for b, some in _by_video(rows, q.shape[1]):
-        heads = []
-        for h in head.unique().tolist():  # columns are sorted, so heads follow one another
-            part = call(q[b, some, h][None, :, None], k[b, :, h][None, :, None], v[b, :, h][None, :, None], **attrs)
-            heads.append(part[0, :, 0][:, channel[head == h]])
-        parts.append(torch.cat(heads, dim=1))
-    return torch.cat(parts)
+    s, heads = q.shape[1:3]
+    places, parts = [], []
+    for b, h in itertools.product(range(q.shape[0]), range(heads)):
+        here = ((rows // (s * heads) == b) & (rows % heads == h)).nonzero()[:, 0]
+        if len(here):
+            some = q[b, rows[here] // heads % s, h]
+            part = call(some[None, :, None], k[b, :, h][None, :, None], v[b, :, h][None, :, None], **attrs)
+            places.append(here)
+            parts.append(part[0, :, 0][:, columns])
+    return torch.cat(parts)[torch.cat(places).argsort()]
 
 
 def _norm(call: Call, xs: Operands, attrs: dict[str, Any], _: int, rows: Tensor, columns: Tensor) -> Tensor:

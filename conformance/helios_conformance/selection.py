@@ -12,6 +12,7 @@ import hashlib
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -57,11 +58,15 @@ class Layout:
         row_dims: how many leading dimensions count as rows; the rest are columns. ``None``: all but the last.
         borders: rows at which a segment begins; they and the rows before are kept.
         columns: that are kept beside the first and the last.
+        members: rows come in groups of that many, the heads of a token; edges and borders are then of groups. Of the
+            first and last group all members are kept, of the others one that is drawn: an oracle that costs the same
+            for each member would else cost that many times as much.
     """
 
     row_dims: int | None = None
     borders: tuple[int, ...] = ()
     columns: tuple[int, ...] = ()
+    members: int = 1
 
 
 PLAIN = Layout()
@@ -80,13 +85,23 @@ def select(rows: int, columns: int, itemsize: int, key: int, layout: Layout = PL
     room = BUDGET_BYTES // (itemsize * share)
     if rows * columns <= room:
         return Selection(None, None)
-    chosen = np.unique([*_edges(rows, layout.borders), *_drawn(key, rows)])
+    chosen = np.unique([*_grouped(key, rows, layout), *_drawn(key, rows)])
     wide = max(4, room // len(chosen))
     if wide >= columns:
         return Selection(torch.from_numpy(chosen), torch.arange(columns))
     always = sorted({c for c in (0, columns - 1, *layout.columns) if 0 <= c < columns})[: wide // 2]
     picked = np.unique([*always, *_drawn(key + 1, columns, wide - len(always))])
     return Selection(torch.from_numpy(chosen), torch.from_numpy(picked))
+
+
+def _grouped(key: int, rows: int, layout: Layout) -> list[int]:
+    """The rows that are kept in any case."""
+    n = layout.members
+    if n == 1:
+        return _edges(rows, layout.borders)
+    edges = _edges(rows // n, layout.borders)
+    drawn = (int(word) % n for word in _words(key + 2, len(edges)))
+    return [*range(n), *(edge * n + member for edge, member in zip(edges, drawn, strict=True)), *range(rows - n, rows)]
 
 
 def _edges(rows: int, borders: tuple[int, ...]) -> list[int]:
@@ -101,9 +116,12 @@ def _edges(rows: int, borders: tuple[int, ...]) -> list[int]:
 
 def _drawn(key: int, size: int, count: int = _DRAWN) -> list[int]:
     """Distinct numbers below ``size``."""
-    words = np.array([key & (2**64 - 1), (key >> 64) & (2**64 - 1)], np.uint64)
-    raw = np.random.Philox(key=words).random_raw(count)
-    return sorted({int(n) % size for n in raw})
+    return sorted({int(word) % size for word in _words(key, count)})
+
+
+def _words(key: int, count: int) -> npt.NDArray[np.uint64]:
+    halves = np.array([key & (2**64 - 1), (key >> 64) & (2**64 - 1)], np.uint64)
+    return np.random.Philox(key=halves).random_raw(count)
 
 
 def digest(tensor: Tensor) -> str:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios.op import Arg, ErrorCase, Sample, op
+from helios.ops.pointwise import LONG
 
 __all__ = ["attention"]
 
@@ -16,12 +17,27 @@ def _attention_samples() -> list[Sample]:
             name, (Arg((b, s, h, d), scale=scale), Arg((b, t, h, d), scale=scale), Arg((b, t, h, d))), big=big
         )
 
+    far = Arg(
+        (1, 65, 2, 64), offset=4.0
+    )  # scores around 128: their exponentials overflow unless a maximum is taken off
     return [
         case("small", 2, 5, 5, 2, 12),
         case("cross", 2, 7, 3, 2, 8),
         case("odd", 1, 17, 33, 3, 6),
         case("peaked", 1, 33, 65, 2, 64, scale=3.0),
         case("head128", 1, 130, 257, 2, 128),
+        Sample("scaled", (Arg((2, 7, 2, 16)), Arg((2, 9, 2, 16)), Arg((2, 9, 2, 16))), {"scale": 0.5}),
+        Sample("far", (far, far, Arg((1, 65, 2, 64)))),
+        Sample(
+            "outliers",
+            (
+                Arg((1, 33, 2, 64), "outliers", scale=0.3),
+                Arg((1, 65, 2, 64), "outliers", scale=0.3),
+                Arg((1, 65, 2, 64), "outliers"),
+            ),
+        ),
+        case("long", 1, LONG, 65, 1, 8),
+        case("long_keys", 1, 65, LONG, 1, 8),
         case("stage0", 1, 2940, 2940, 40, 128, True),
         case("stage1", 1, 4560, 4560, 40, 128, True),
         case("stage2", 1, 11040, 11040, 40, 128, True),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios.errors import OpError
-from helios.op import Arg, ErrorCase, Sample, accumulator, op
+from helios.op import Arg, ErrorCase, Fill, Sample, accumulator, op
 from helios.ops.pointwise import silu
 
 __all__ = [
@@ -43,10 +43,11 @@ def _conv_samples() -> list[Sample]:
         stride: tuple[int, int, int] = (1, 1, 1),
         padding: tuple[int, int, int] = (0, 0, 0),
         big: bool = False,
+        fill: Fill = "normal",
     ) -> Sample:
         fan = shape[1] * kernel[0] * kernel[1] * kernel[2]
-        weight = Arg((out, shape[1], *kernel), scale=fan**-0.5)
-        return Sample(name, (Arg(shape), weight, Arg((out,), scale=0.1)), {"stride": stride, "padding": padding}, big)
+        weight, bias = Arg((out, shape[1], *kernel), scale=fan**-0.5), Arg((out,), scale=0.1)
+        return Sample(name, (Arg(shape, fill), weight, bias), {"stride": stride, "padding": padding}, big)
 
     same, rows, frames = (3, 3, 3), (1, 3, 3), (3, 1, 1)
     big = [case(n, (1, c, t + 2, h, w), c, same, padding=(0, 1, 1), big=True) for n, (c, t, h, w) in SIZES.items()]
@@ -58,6 +59,7 @@ def _conv_samples() -> list[Sample]:
         case("time", (1, 4, 5, 2, 3), 8, frames),
         case("time_down", (1, 4, 5, 2, 3), 4, frames, (2, 1, 1)),
         case("point", (2, 6, 2, 3, 4), 5, (1, 1, 1)),
+        case("outliers", (1, 4, 3, 4, 123), 5, same, padding=(0, 1, 1), fill="outliers"),
         *big,
         case("to_rgb", (1, 96, 6, 384, 640), 3, same, padding=(0, 1, 1), big=True),
         case("up_full", (1, 192, 4, 384, 640), 96, rows, padding=(0, 1, 1), big=True),
@@ -109,6 +111,7 @@ def _norm_samples() -> list[Sample]:
         case("small", 2, 8, 3, 4, 5),
         case("odd", 1, 33, 1, 3, 7),
         case("faint", 1, 6, 2, 3, 4, scale=1e-6),
+        case("vanishing", 1, 6, 2, 3, 4, scale=5e-13),  # norms on both sides of eps
         Sample("outliers", (Arg((1, 12, 2, 3, 122), "outliers"), Arg((12,), offset=1.0, scale=0.1))),
         *(case(n, 1, *size, big=True) for n, size in SIZES.items()),
     ]

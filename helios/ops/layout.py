@@ -36,7 +36,10 @@ def reshape(x: Tensor, *, shape: tuple[int, ...]) -> Tensor:
 
 
 def _heads_samples() -> list[Sample]:
-    return [Sample("small", (Arg((2, 5, 24)),), {"heads": 2})]
+    return [
+        Sample("small", (Arg((2, 5, 24)),), {"heads": 2}),
+        Sample("long", (Arg((1, 8261, 16)),), {"heads": 2}),
+    ]
 
 
 def _heads_errors() -> list[ErrorCase]:
@@ -71,6 +74,7 @@ def _narrow_samples() -> list[Sample]:
     return [
         Sample("tail", (Arg((2, 9, 8)),), {"dim": 1, "start": 4, "length": 5}),
         Sample("middle", (Arg((2, 9, 8)),), {"dim": 2, "start": 1, "length": 3}),
+        Sample("long", (Arg((1, 8261, 8)),), {"dim": 1, "start": 8, "length": 8253}),
     ]
 
 
@@ -90,6 +94,7 @@ def _concat_samples() -> list[Sample]:
     return [
         Sample("tokens", ((Arg((2, 3, 8)), Arg((2, 1, 8)), Arg((2, 5, 8))),), {"dim": 1}),
         Sample("one", ((Arg((2, 3)),),), {"dim": 0}),
+        Sample("long", ((Arg((1, 8200, 8)), Arg((1, 61, 8))),), {"dim": 1}),
     ]
 
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios.errors import OpError
-from helios.op import Arg, ErrorCase, Sample, op
-from helios.ops.pointwise import gelu
+from helios.op import Arg, ErrorCase, Fill, Sample, op
+from helios.ops.pointwise import LONG, gelu
 
 __all__ = ["linear", "linear_gelu", "qkv_linear"]
 
@@ -24,7 +24,9 @@ def _linear_samples() -> list[Sample]:
         Sample("small", (Arg((2, 5, 24)), *_weights(32, 24))),
         Sample("nobias", (Arg((3, 24)), *_weights(8, 24, bias=False))),
         Sample("odd", (Arg((1, 7, 33), "outliers"), *_weights(17, 33))),
+        Sample("outliers", (Arg((1, 17, 256), "outliers"), *_weights(40, 256))),
         Sample("wide", (Arg((1, 65, 512)), *_weights(640, 512))),
+        Sample("long", (Arg((1, LONG, 16)), *_weights(24, 16))),
         *(Sample(f"attn_{n}", (Arg((1, s, 5120)), *_weights(5120, 5120)), big=True) for n, s in STAGES.items()),
         *(Sample(f"ffn_down_{n}", (Arg((1, s, 13824)), *_weights(5120, 13824)), big=True) for n, s in STAGES.items()),
         Sample("text_kv", (Arg((1, 512, 5120)), *_weights(5120, 5120)), big=True),
@@ -65,6 +67,7 @@ def _linear_gelu_samples() -> list[Sample]:
         Sample("small", (Arg((2, 5, 24)), *_weights(32, 24))),
         Sample("nobias", (Arg((2, 5, 24)), *_weights(8, 24, bias=False))),
         Sample("odd", (Arg((1, 7, 33), "outliers"), *_weights(17, 33))),
+        Sample("long", (Arg((1, LONG, 16)), *_weights(24, 16))),
         *(Sample(f"ffn_up_{n}", (Arg((1, s, 5120)), *_weights(13824, 5120)), big=True) for n, s in STAGES.items()),
         Sample("text", (Arg((1, 512, 4096)), *_weights(5120, 4096)), big=True),
     ]
@@ -77,11 +80,20 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _qkv_samples() -> list[Sample]:
-    def case(name: str, s: int, d: int, big: bool = False, bias: bool = True) -> Sample:
+    def case(
+        name: str, s: int, d: int, big: bool = False, bias: bool = True, batch: int = 1, fill: Fill = "normal"
+    ) -> Sample:
         weight, b = _weights(d, d, bias)
-        return Sample(name, (Arg((1, s, d)), weight, weight, weight, b, b, b), big=big)
+        return Sample(name, (Arg((batch, s, d), fill), weight, weight, weight, b, b, b), big=big)
 
-    small = [case("small", 5, 24), case("nobias", 5, 24, bias=False), case("odd", 7, 33)]
+    small = [
+        case("small", 5, 24),
+        case("batch", 5, 24, batch=2),
+        case("nobias", 5, 24, bias=False),
+        case("odd", 7, 33),
+        case("outliers", 9, 183, fill="outliers"),
+        case("long", LONG, 16),
+    ]
     return [*small, *(case(n, s, 5120, True) for n, s in STAGES.items())]
 
 

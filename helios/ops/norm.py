@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helios.errors import OpError
 from helios.op import Arg, ErrorCase, Sample, accumulator, op
+from helios.ops.pointwise import LONG
 
 __all__ = ["adaln", "gated_add", "gated_add_adaln", "layer_norm", "modulate", "rms_norm"]
 
@@ -26,6 +27,7 @@ def _rms_samples() -> list[Sample]:
         Sample("tiny", (Arg((1, 9, 33), "tiny"), Arg((33,), offset=1.0, scale=0.1))),
         Sample("outliers", (Arg((1, 17, 1536), "outliers"), Arg((1536,), offset=1.0, scale=0.1))),
         Sample("noweight", (Arg((2, 3, 8)), None)),
+        Sample("long", (Arg((1, LONG, 16)), Arg((16,), offset=1.0, scale=0.1))),
         *(
             Sample(n, (Arg((1, s, 5120), "outliers"), Arg((5120,), offset=1.0, scale=0.1)), big=True)
             for n, (s, _) in TOKENS.items()
@@ -63,6 +65,7 @@ def _ln_samples() -> list[Sample]:
         Sample("float32_out", (Arg((2, 5, 24)), None, None), {"dtype": F32}),
         Sample("tiny", (Arg((1, 9, 33), "tiny"), None, None)),
         Sample("outliers", (Arg((1, 17, 1536), "outliers"), None, None)),
+        Sample("long", (Arg((1, LONG, 16)), None, None)),
         *(Sample(n, (Arg((1, s, 5120), "outliers"), None, None), big=True) for n, (s, _) in TOKENS.items()),
     ]
 
@@ -113,6 +116,7 @@ def _modulate_samples() -> list[Sample]:
         Sample("two_rows", _modulate_inputs(2, 7, 24, 2), {"split": 3}),
         Sample("one_row", _modulate_inputs(2, 7, 24, 1), {"split": 0}),
         Sample("all_history", _modulate_inputs(1, 5, 33, 2), {"split": 5}),
+        Sample("long", _modulate_inputs(1, LONG, 16, 2), {"split": 8200}),
     ]
 
 
@@ -151,7 +155,9 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, *, split: int = 0, dtype: 
 def _adaln_samples() -> list[Sample]:
     big = [Sample(n, _modulate_inputs(1, s, 5120, 2), {"split": h}, big=True) for n, (s, h) in TOKENS.items()]
     tiny = (Arg((1, 9, 33), "tiny"), Arg((1, 2, 33), scale=0.3, dtype=F32), Arg((1, 2, 33), scale=0.3, dtype=F32))
-    return [*_modulate_samples(), Sample("tiny", tiny, {"split": 4}), *big]
+    rows = (Arg((1, 2, 183), scale=0.3, dtype=F32),) * 2
+    outliers = Sample("outliers", (Arg((1, 17, 183), "outliers"), *rows), {"split": 9})
+    return [*_modulate_samples(), Sample("tiny", tiny, {"split": 4}), outliers, *big]
 
 
 @op(dims="b s d, b r d, b r d -> b s d", kind="fused", samples=_adaln_samples, errors=_modulate_errors)
@@ -171,6 +177,7 @@ def _gated_samples() -> list[Sample]:
         Sample("one_row", _gated_inputs(2, 7, 7, 24, 1), {"gate_split": 0}),
         Sample("tail", _gated_inputs(2, 7, 4, 24, None), {"gate_split": 0}),
         Sample("odd", _gated_inputs(1, 5, 5, 33, 2), {"gate_split": 4}),
+        Sample("long", _gated_inputs(1, LONG, LONG, 16, 2), {"gate_split": 8200}),
         *(Sample(n, _gated_inputs(1, s, s, 5120, 2), {"gate_split": h}, big=True) for n, (s, h) in TOKENS.items()),
     ]
 
@@ -205,13 +212,21 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor | None = None, *, gate_split: i
 
 
 def _gated_adaln_samples() -> list[Sample]:
-    def case(name: str, s: int, n: int, d: int, rows: int | None, split: int, tail: int, big: bool = False) -> Sample:
-        row = Arg((1, 2, d), scale=0.3, dtype=F32)
-        return Sample(name, (*_gated_inputs(1, s, n, d, rows), row, row), {"split": split, "gate_split": tail}, big)
+    def case(
+        name: str, s: int, n: int, d: int, rows: int | None, split: int, tail: int, big: bool = False, b: int = 1
+    ) -> Sample:
+        row = Arg((b, 2, d), scale=0.3, dtype=F32)
+        return Sample(name, (*_gated_inputs(b, s, n, d, rows), row, row), {"split": split, "gate_split": tail}, big)
 
+    faint, row = Arg((1, 9, 33), "tiny"), Arg((1, 2, 33), scale=0.3, dtype=F32)
+    peaks, wide = Arg((1, 17, 183), "outliers"), Arg((1, 2, 183), scale=0.3, dtype=F32)
     return [
         case("gated", 7, 7, 24, 2, 3, 3),
+        case("batch", 7, 7, 24, 2, 3, 3, b=2),
         case("tail", 7, 4, 33, None, 3, 0),
+        Sample("tiny", (faint, faint, row, row, row), {"split": 4, "gate_split": 4}),
+        Sample("outliers", (peaks, peaks, wide, wide, wide), {"split": 9, "gate_split": 9}),
+        case("long", LONG, LONG, 16, 2, 8200, 8200),
         *(case(n, s, s, 5120, 2, h, h, True) for n, (s, h) in TOKENS.items()),
     ]
 

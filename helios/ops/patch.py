@@ -9,21 +9,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios.errors import OpError
-from helios.op import Arg, ErrorCase, Sample, accumulator, op
+from helios.op import Arg, ErrorCase, Fill, Sample, accumulator, op
 
 __all__ = ["patch_embed", "timestep_embedding", "unpatchify"]
 
 
 def _patch_samples() -> list[Sample]:
-    def case(name: str, shape: tuple[int, ...], d: int, kernel: tuple[int, int, int], big: bool = False) -> Sample:
+    def case(
+        name: str,
+        shape: tuple[int, ...],
+        d: int,
+        kernel: tuple[int, int, int],
+        big: bool = False,
+        fill: Fill = "normal",
+    ) -> Sample:
         fan = shape[1] * math.prod(kernel)
         weight = Arg((d, shape[1], *kernel), scale=fan**-0.5)
-        return Sample(name, (Arg(shape), weight, Arg((d,), scale=0.1)), big=big)
+        return Sample(name, (Arg(shape, fill), weight, Arg((d,), scale=0.1)), big=big)
 
     return [
         case("noisy", (2, 4, 3, 4, 6), 24, (1, 2, 2)),
         case("mid", (1, 16, 2, 8, 12), 33, (2, 4, 4)),
         case("long", (1, 16, 4, 8, 16), 24, (4, 8, 8)),
+        case("many", (1, 4, 1, 182, 184), 8, (1, 2, 2)),  # 8372 tokens
+        case("outliers", (1, 4, 2, 4, 124), 24, (1, 2, 2), fill="outliers"),
         case("stage2", (1, 16, 9, 48, 80), 5120, (1, 2, 2), True),
         case("long_14b", (1, 16, 16, 48, 80), 5120, (4, 8, 8), True),
     ]
@@ -55,6 +64,7 @@ def _unpatchify_samples() -> list[Sample]:
     return [
         Sample("small", (Arg((2, 18, 16)),), {"grid": (3, 2, 3), "patch": (1, 2, 2)}),
         Sample("deep", (Arg((1, 4, 48)),), {"grid": (1, 2, 2), "patch": (2, 2, 4)}),
+        Sample("long", (Arg((1, 8372, 16)),), {"grid": (1, 91, 92), "patch": (1, 2, 2)}),
     ]
 
 

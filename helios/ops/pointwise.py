@@ -11,12 +11,16 @@ from helios.op import Arg, ErrorCase, Sample, accumulator, op
 
 __all__ = ["add", "cast", "gelu", "scale_history_keys", "silu"]
 
+LONG = 8261
+"""More tokens than 8192, where kernels change their way of splitting, and no multiple of anything."""
+
 
 def _add_samples() -> list[Sample]:
     return [
         Sample("small", (Arg((2, 3, 8)), Arg((2, 3, 8)))),
         Sample("odd", (Arg((1, 7, 33)), Arg((1, 7, 33)))),
         Sample("row", (Arg((2, 2, 6, 24)), Arg((1, 6, 24), scale=0.1))),
+        Sample("long", (Arg((1, LONG, 8)), Arg((1, LONG, 8)))),
         Sample(
             "modulation", (Arg((1, 2, 6, 5120), dtype=torch.float32), Arg((1, 6, 5120), dtype=torch.float32)), big=True
         ),
@@ -42,6 +46,7 @@ def _unary_samples() -> list[Sample]:
         Sample("small", (Arg((2, 3, 8), scale=3.0),)),
         Sample("odd", (Arg((1, 7, 33), "outliers"),)),
         Sample("wide", (Arg((1, 65, 1280), scale=2.0),)),
+        Sample("long", (Arg((1, LONG, 8), scale=2.0),)),
     ]
 
 
@@ -78,6 +83,7 @@ def _history_keys_samples() -> list[Sample]:
     return [
         Sample("per_head", (Arg((2, 9, 4, 8)), Arg((4,), dtype=torch.float32)), {"split": 5}),
         Sample("shared", (Arg((1, 7, 3, 6)), Arg((1,), dtype=torch.float32)), {"split": 7}),
+        Sample("long", (Arg((1, LONG, 2, 8)), Arg((2,), dtype=torch.float32)), {"split": 8200}),
     ]
 
 

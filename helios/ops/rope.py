@@ -10,6 +10,7 @@ from helios.errors import OpError
 from helios.op import Arg, ErrorCase, Sample, accumulator, op
 from helios.ops.layout import narrow, split_heads
 from helios.ops.norm import TOKENS, rms_norm
+from helios.ops.pointwise import LONG
 
 __all__ = ["qk_norm_rope", "rope", "rope_table"]
 
@@ -99,7 +100,8 @@ def _rope_inputs(b: int, s: int, h: int, d: int) -> tuple[Arg, Arg]:
 
 def _rope_samples() -> list[Sample]:
     big = [Sample(n, _rope_inputs(1, s, 40, 128), big=True) for n, (s, _) in TOKENS.items()]
-    return [Sample("small", _rope_inputs(2, 5, 2, 12)), Sample("odd", _rope_inputs(1, 7, 3, 6)), *big]
+    small = [Sample("small", _rope_inputs(2, 5, 2, 12)), Sample("odd", _rope_inputs(1, 7, 3, 6))]
+    return [*small, Sample("long", _rope_inputs(1, LONG, 2, 8)), *big]
 
 
 def _rope_errors() -> list[ErrorCase]:
@@ -126,16 +128,20 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
 
 
 def _qk_samples() -> list[Sample]:
-    def case(name: str, rows: int, s: int, h: int, d: int, fill: str = "normal", big: bool = False) -> Sample:
-        q, k = (Arg((1, n, h * d), fill) for n in (rows, s))  # type: ignore[arg-type]
+    def case(
+        name: str, rows: int, s: int, h: int, d: int, fill: str = "normal", big: bool = False, b: int = 1
+    ) -> Sample:
+        q, k = (Arg((b, n, h * d), fill) for n in (rows, s))  # type: ignore[arg-type]
         w = Arg((h * d,), offset=1.0, scale=0.1)
         return Sample(name, (q, k, w, w, Arg((s, d // 2, 2), "table", dtype=F32)), {"heads": h}, big)
 
     return [
         case("small", 5, 5, 2, 12),
+        case("batch", 5, 5, 2, 12, b=2),
         case("tail", 3, 7, 2, 12),
         case("tiny", 9, 9, 3, 6, "tiny"),
         case("outliers", 17, 17, 12, 128, "outliers"),
+        case("long", LONG, LONG, 2, 8),
         *(case(n, s, s, 40, 128, "outliers", True) for n, (s, _) in TOKENS.items()),
         case("last_block", 8640, 11040, 40, 128, "outliers", True),
     ]

@@ -189,7 +189,9 @@ def _guidance_samples() -> list[Sample]:
     cases = [Sample(name, (Arg(s), Arg(s, offset=0.5), guided)) for name, s in shapes.items()]
     # gain 0: the zero-init steps
     silent = Sample("zero_init", (Arg(SMALL), Arg(SMALL), Arg((2,), dtype=F32, scale=0.0)))
-    return [*cases, silent, Sample("stage2", (Arg(STAGE2), Arg(STAGE2, offset=0.5), guided), big=True)]
+    # |uncond|² near eps
+    faint = Sample("faint", (Arg(SMALL), Arg(SMALL, scale=5e-6), guided))
+    return [*cases, silent, faint, Sample("stage2", (Arg(STAGE2), Arg(STAGE2, offset=0.5), guided), big=True)]
 
 
 @op(dims="b c t h w, b c t h w, 2 -> b c t h w", kind="round", samples=_guidance_samples)

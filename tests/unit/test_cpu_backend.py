@@ -113,9 +113,10 @@ def error(came: Tensor, exact: Tensor) -> float:
 
 
 def floor(name: str, inputs: list[Any], dtype: torch.dtype) -> float:
-    if dtype == BF16 or name not in PRODUCTS:
+    if dtype == BF16 or name not in {"attention", *PRODUCTS}:
         return FLOOR[dtype]
-    inner = inputs[1][0].numel()  # of the weight, whose first dimension are the outputs
+    # Of the weight, whose first dimension are the outputs; of attention's second product, which sums over the keys.
+    inner = inputs[1].shape[1] if name == "attention" else inputs[1][0].numel()
     return float(FLOOR[dtype] * inner**0.5)
 
 
