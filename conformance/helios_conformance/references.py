@@ -34,6 +34,8 @@ SEEDS = 16
 _ELEMENTS = {"quick": 1 << 16, "full": 1 << 14}
 """Elements compared after which a case has drawn enough: the statistics of many vary little from seed to seed, and the
 cases of the full suite are dear."""
+_PORTION = 16
+"""Cases after which the file is written."""
 _SAME = 0.25
 """Part by which ``--check`` lets a number of one host differ from that of another: they sum in other orders."""
 
@@ -181,14 +183,21 @@ def main(words: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # the same sums on every machine of a kind
     old = committed().entries if _file().exists() else {}
     cases = [case for case in _wanted(arguments) if not arguments.missing or case.id not in old]
-    new = {case.id: of_case(case) for case in _shown(cases)}
     if arguments.check:
+        new = {case.id: of_case(case) for case in _shown(cases)}
         lines = [f"{case}: {line}" for case, rows in new.items() if rows for line in differing(old.get(case), rows)]
         _say(*lines, f"{len(new)} cases computed, {len(lines)} numbers differ")
         return 1 if lines or not new else 0
     known = {case.id for precision in PRECISIONS for case in suite.all_cases(precision)}
-    _say(f"{len(new)} cases computed, {merge(new, known, _host())} in {FILE}")
+    total = 0
+    for some in _portions(cases):  # what is computed is in the file, also when the next is interrupted
+        total = merge({case.id: of_case(case) for case in _shown(some)}, known, _host())
+    _say(f"{len(cases)} cases computed, {total} in {FILE}")
     return 0
+
+
+def _portions(cases: Sequence[Case]) -> Iterator[Sequence[Case]]:
+    yield from (cases[at : at + _PORTION] for at in range(0, max(len(cases), 1), _PORTION))
 
 
 def _shown(cases: Sequence[Case]) -> Iterable[Case]:
