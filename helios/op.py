@@ -30,7 +30,21 @@ from helios import graph as _graph
 from helios.errors import GraphError, HeliosError, OpError, unknown_name
 from helios.graph import Attr, Builder, Graph, Node, Operand, TensorType, Value
 
-__all__ = ["Arg", "ErrorCase", "Kind", "Op", "Sample", "accumulator", "cost", "expand", "get", "infer", "names", "op"]
+__all__ = [
+    "Arg",
+    "ErrorCase",
+    "Fill",
+    "Kind",
+    "Op",
+    "Sample",
+    "accumulator",
+    "cost",
+    "expand",
+    "get",
+    "infer",
+    "names",
+    "op",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,6 +59,10 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+Fill = Literal["normal", "outliers", "tiny", "table", "uniform"]
+"""What fills a sample tensor; see ``Arg``."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arg:
     """How to make one sample tensor. ``dtype=None`` means the dtype under test.
@@ -56,7 +74,7 @@ class Arg:
     """
 
     shape: tuple[int, ...]
-    fill: Literal["normal", "outliers", "tiny", "table", "uniform"] = "normal"
+    fill: Fill = "normal"
     dtype: torch.dtype | None = None
     scale: float = 1.0
     offset: float = 0.0

@@ -142,8 +142,7 @@ def observe(case: Case, session: Session, subject: Subject, *, brief: bool = Fal
     kept = on_host(first)
     outputs = {"": kept}
     if not brief:
-        outputs |= watch.others(node, program, here, kept)
-        watch.kept(first, kept)
+        outputs |= watch.others(node, program, here, first, kept)
     values = {run: subject.values(run, brief) for run in outputs}
     return Observation(keep(case, session, values, outputs), watch.facts(program), program.coverage.rows())
 
@@ -271,11 +270,24 @@ class _Watch:
             guarded.write(host)
 
     def others(
-        self, node: OneNode, program: Program, here: Placed, wanted: Mapping[str, Tensor]
+        self,
+        node: OneNode,
+        program: Program,
+        here: Placed,
+        first: Mapping[str, Tensor],
+        wanted: Mapping[str, Tensor],
     ) -> dict[str, dict[str, Tensor]]:
-        """Every run but the first; outputs on the host, by run, of those that are judged."""
+        """Every run but the first; outputs on the host, by run, of those that are judged.
+
+        Args:
+            node, program, here: of the first run.
+            first: its outputs, on the device, which everything after it must leave alone.
+            wanted: the same on the host.
+        """
         there = self.place("other", node, "contiguous")
         outputs = {"other": on_host(self.run("other", node, program, there))}
+        # Now: a later run of the same operands would write the same bits.
+        self._same("outputs_kept", first, wanted)
         self.rewrite(there, self.subject.operands(""))
         self._same("repeats_equal", self.run("again", node, program, there), wanted, " in run 'again'")
         anew = self.load("load_anew", node, here)
@@ -285,10 +297,6 @@ class _Watch:
     def _same(self, fact: str, outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str = "") -> None:
         for name, tensor in on_host(outputs).items():
             self._note(fact, not same_bits(tensor, wanted[name]), name + where)
-
-    def kept(self, outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-        """What was given away earlier is still what it was."""
-        self._same("outputs_kept", outputs, wanted)
 
     def strided(self, node: OneNode, program: Program) -> dict[str, dict[str, Tensor]]:
         """Runs on operands of other strides; weights take part as operands of the step, if the backend takes them."""
