@@ -1,0 +1,179 @@
+"""Golden inputs and outputs of whole graphs, made on the spot: nothing is stored but the root that keys the draws.
+
+A *scene* is a program and what is asked of it, call by call. The oracle answers each call in float64, and a later call
+may be made of its answer: so a trajectory comes about. What a device is then given are those same inputs (*teacher
+forcing*): an error of one call never reaches the next, and each call can be judged by itself.
+
+The oracle walks over the graphs as they are written, op body by op body. It knows no fusion, no phases, no contexts and
+no cache; whatever goes wrong there on the way to a device is not wrong here too.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Generator, Hashable, Mapping
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from helios import op
+from helios.errors import InputError
+from helios.graph import Graph, Operand, Rate, Value
+from helios.program import WeightReader
+from helios_conformance.draws import Root
+
+__all__ = ["Call", "Calls", "Golden", "Interpreter", "Scene", "calls_of", "golden", "reference"]
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One step of one entry.
+
+    Attributes:
+        name: begins the names of its outputs, ``name.output``; unique in its scene.
+        entry: of the program.
+        inputs: at rate step, by name, host. Rounded already, so that every precision of the graph sees the same
+            numbers.
+        bound: inputs of slower rates by the name of the context that holds them. A name stands for the same
+            tensors in every call, and the program binds it once.
+    """
+
+    name: str
+    entry: str
+    inputs: Tensors
+    bound: Mapping[str, Tensors] = dataclasses.field(default_factory=dict)
+
+
+Calls: TypeAlias = Generator[Call, Tensors, None]
+"""Yields calls, and is sent the oracle's outputs of each."""
+
+
+class Scene(Hashable, Protocol):
+    """A program and what is asked of it: a frozen dataclass, so that equal scenes have one golden run."""
+
+    @property
+    def forced(self) -> bool:
+        """Whether later calls are made of the oracle's answers to earlier ones."""
+        ...
+
+    def dtype(self, precision: str) -> torch.dtype:
+        """Of the graphs' arithmetic in a precision to certify."""
+        ...
+
+    def graphs(self, dtype: torch.dtype) -> Mapping[str, Graph]:
+        """Entries by name, in any dtype: the working one, or float64."""
+        ...
+
+    def weights(self, dtype: torch.dtype) -> WeightReader:
+        """Rounded to the working dtype."""
+        ...
+
+    def calls(self, root: Root, dtype: torch.dtype) -> Calls:
+        """All calls, with inputs rounded for the working dtype."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Golden:
+    """The calls of a scene, and the oracle's outputs by ``call.output`` in float64."""
+
+    calls: tuple[Call, ...]
+    outputs: Tensors
+
+
+class Interpreter:
+    """Runs graphs as they are written, node by node, on the host.
+
+    Args:
+        graphs: entries by name.
+        weights: read when a graph first needs them and held as they come; a wider graph widens them node by node, so
+            that 14B of width in float64 take the memory of the working dtype.
+    """
+
+    def __init__(self, graphs: Mapping[str, Graph], weights: WeightReader) -> None:
+        self.graphs, self._source = graphs, weights
+        self._held: dict[str, Tensor] = {}
+
+    def run(self, call: Call) -> dict[str, Tensor]:
+        """The outputs of a call by name. Raises InputError where its inputs are not those of the graph."""
+        graph = self.graphs[call.entry]
+        given = {**call.inputs, **{name: t for inputs in call.bound.values() for name, t in inputs.items()}}
+        env: dict[str, Tensor] = {}
+        for value in graph.inputs:
+            if value.rate != Rate.WEIGHTS:
+                env[value.name] = _placed(given[value.name], value)
+        weights = {v.name: v for v in graph.inputs if v.rate == Rate.WEIGHTS}
+        with torch.no_grad():
+            self._walk(graph, env, weights)
+        return {name: env[value.name] for name, value in graph.outputs}
+
+    def _walk(self, graph: Graph, env: dict[str, Tensor], weights: Mapping[str, Value]) -> None:
+        left = collections.Counter(v.name for node in graph.nodes for v in node.values)
+        left.update(v.name for _, v in graph.outputs)
+
+        def fetch(operand: Operand) -> Any:
+            if isinstance(operand, Value):
+                return env[operand.name] if operand.name in env else self._weight(weights[operand.name])
+            return None if operand is None else [fetch(v) for v in operand]
+
+        for node in graph.nodes:
+            result = op.get(node.op).fn(*(fetch(x) for x in node.inputs), **node.attributes)
+            results = result if isinstance(result, tuple) else (result,)
+            env.update((v.name, t) for v, t in zip(node.outputs, results, strict=True))
+            left.subtract(v.name for v in node.values)
+            for value in (*node.values, *node.outputs):
+                if not left[value.name]:
+                    env.pop(value.name, None)
+
+    def _weight(self, value: Value) -> Tensor:
+        if value.name not in self._held:
+            self._held[value.name] = self._source.read(value.name)
+        return _placed(self._held[value.name], value)
+
+
+def _placed(tensor: Tensor, value: Value) -> Tensor:
+    if tuple(tensor.shape) != value.shape:
+        raise InputError(f"{value.name!r} has shape {list(tensor.shape)}, the graph takes {list(value.shape)}")
+    return tensor.to(value.dtype)
+
+
+def golden(scene: Scene, root: Root, dtype: torch.dtype) -> Golden:
+    """The oracle's run of a scene whose inputs are rounded for that dtype. The newest few are remembered."""
+    return _golden(scene, root, dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _golden(scene: Scene, root: Root, dtype: torch.dtype) -> Golden:
+    interpreter = Interpreter(scene.graphs(torch.float64), scene.weights(dtype))
+    made: list[Call] = []
+    outputs: dict[str, Tensor] = {}
+    script = scene.calls(root, dtype)
+    answer: Tensors | None = None
+    while True:
+        try:
+            call = script.send(answer)  # type: ignore[arg-type]  # the first send of a generator is None
+        except StopIteration:
+            return Golden(tuple(made), outputs)
+        answer = interpreter.run(call)
+        made.append(call)
+        outputs.update((f"{call.name}.{name}", tensor) for name, tensor in answer.items())
+
+
+def calls_of(scene: Scene, root: Root, dtype: torch.dtype) -> tuple[Call, ...]:
+    """The calls alone: without the oracle, where no call is made of its answers."""
+    return golden(scene, root, dtype).calls if scene.forced else tuple(scene.calls(root, dtype))
+
+
+def reference(scene: Scene, root: Root, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the op bodies give in the working dtype, by ``call.output``: as ``ReferenceBackend`` does."""
+    interpreter = Interpreter(scene.graphs(dtype), scene.weights(dtype))
+    return {
+        f"{call.name}.{name}": tensor
+        for call in calls_of(scene, root, dtype)
+        for name, tensor in interpreter.run(call).items()
+    }

@@ -1,0 +1,201 @@
+"""A scene as a case: run on the device with the oracle's inputs, judged output by output."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from helios.graph import Graph, Rate, TensorType, dtype_name
+from helios.program import EMPTY, Context, Program
+from helios_conformance import budget, selection
+from helios_conformance.budget import Errors
+from helios_conformance.case import Case, Judged, Kept, Observation, Verdict
+from helios_conformance.draws import Root
+from helios_conformance.golden import Call, Scene, calls_of, golden, reference
+
+if TYPE_CHECKING:
+    from helios_conformance.references import References
+    from helios_conformance.session import Session
+
+__all__ = ["SceneCheck", "Wanted", "chosen_of", "judge_kept", "keep", "largest", "longest_sum", "wanted_of"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an output must be: its type, and the terms of the longest sum behind it."""
+
+    type: TensorType
+    terms: int
+
+
+class SceneCheck:
+    """Runs and judges cases that are scenes; who inherits says what scene a case is.
+
+    Beside the outputs one fact: ``again_equal``, whether the first call gave the same bits once more after all
+    others.
+    """
+
+    name: str
+
+    def scene(self, case: Case) -> Scene:
+        raise NotImplementedError
+
+    def observe(self, case: Case, session: Session) -> Observation:
+        scene = self.scene(case)
+        dtype = scene.dtype(case.precision)
+        calls = calls_of(scene, session.root, dtype)  # before the device holds anything
+        program = session.lower(scene.graphs(dtype))
+        program.load(scene.weights(dtype))
+        outputs, again = _run(program, calls, session)
+        kept = {name: keep(session.root, case, name, x, len(outputs)) for name, x in outputs.items()}
+        return Observation(kept, {"again_equal": again}, program.coverage.rows())
+
+    def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
+        scene = self.scene(case)
+        dtype = scene.dtype(case.precision)
+        oracle = golden(scene, root, dtype)
+        wanted = wanted_of(scene, oracle.calls, dtype)
+        judged, reasons = judge_kept(case, observation, root, references, oracle.outputs, wanted)
+        if observation.facts.get("again_equal") is not True:
+            reasons.append("the first call gave other bits when it was made again after the others")
+        return Verdict("fail" if reasons else "pass", "; ".join(reasons), judged)
+
+    def reference(self, case: Case, root: Root) -> Mapping[str, Errors]:
+        """The largest of several draws: what rounding does to a network depends on what it is given, by more than its
+        number of elements would let expect."""
+        scene = self.scene(case)
+        rows: dict[str, list[Errors]] = {}
+        for draw in range(self.draws(case)):
+            for name, errors in _reference(scene, Root(64 * root.seed + draw, root.nonce), case.precision).items():
+                rows.setdefault(name, []).append(errors)
+        return {name: largest(errors) for name, errors in rows.items()}
+
+    def draws(self, case: Case) -> int:
+        """Of the inputs, for the reference."""
+        key = str(case.params.get("scene", ""))
+        return 2 if key.startswith("14b") else 4 if key.startswith("mini") else 12
+
+
+def _reference(scene: Scene, root: Root, precision: str) -> dict[str, Errors]:
+    dtype = scene.dtype(precision)
+    oracle = golden(scene, root, dtype).outputs
+    return {name: budget.measure(came, oracle[name]) for name, came in reference(scene, root, dtype).items()}
+
+
+def largest(rows: list[Errors]) -> Errors:
+    """Of each statistic the largest; of counts the sum."""
+    return Errors(
+        max(e.norm for e in rows),
+        max(e.worst for e in rows),
+        max((e.gain for e in rows), key=abs),
+        max(e.misrounded for e in rows),
+        sum(e.count for e in rows),
+    )
+
+
+def _run(program: Program, calls: tuple[Call, ...], session: Session) -> tuple[dict[str, Tensor], bool]:
+    """All outputs on the host, and whether the first call repeats. Contexts of all calls stay bound side by side."""
+    contexts: dict[str, Context] = {}
+
+    def answer(call: Call) -> dict[str, Tensor]:
+        context = EMPTY
+        for name, inputs in call.bound.items():
+            if name not in contexts:
+                contexts[name] = program.bind({key: x.clone() for key, x in inputs.items()})
+            context = context | contexts[name]
+        # Copies: a kernel that writes to its operands must not spoil the inputs of the next call.
+        out = program.run(call.entry, {key: x.clone() for key, x in call.inputs.items()}, context)
+        return {f"{call.name}.{key}": session.to_host(x).clone() for key, x in out.items()}
+
+    outputs: dict[str, Tensor] = {}
+    for call in calls:
+        outputs.update(answer(call))
+    once_more = answer(calls[0])
+    return outputs, all(budget.exact(x, outputs[name]) for name, x in once_more.items())
+
+
+def judge_kept(
+    case: Case,
+    observation: Observation,
+    root: Root,
+    references: References,
+    oracle: Mapping[str, Tensor],
+    wanted: Mapping[str, Wanted],
+    shares: Mapping[str, int] | None = None,
+) -> tuple[dict[str, Judged], list[str]]:
+    """The numbers of every output, and what is wrong with them.
+
+    Args:
+        oracle: whole outputs in float64.
+        wanted: what each must be, by the same names.
+        shares: by how many outputs each shares the room; default: all by all.
+    """
+    if set(observation.outputs) != set(wanted):
+        odd = sorted(set(observation.outputs) ^ set(wanted))
+        return {}, [f"outputs missing or unknown: {', '.join(odd[:5])}"]
+    judged: dict[str, Judged] = {}
+    reasons: list[str] = []
+    for name, output in wanted.items():
+        kept = observation.outputs[name]
+        wrong = _misshapen(kept, output.type)
+        if wrong:
+            reasons.append(f"{name}: {wrong}")
+            continue
+        right = chosen_of(root, case, name, kept, oracle[name], shares[name] if shares else len(wanted))
+        if right.shape != kept.values.shape:
+            reasons.append(f"{name}: {kept.values.numel()} elements are kept, its digest chooses {right.numel()}")
+            continue
+        errors = budget.measure(kept.values, right)
+        known = references.get(case.id, name)
+        along = budget.directions(right)
+        bounds = budget.bounds("fused", output.type.dtype, output.terms, errors.count, known, along)
+        judged[name] = Judged(errors, bounds, known)
+        reasons += [f"{name}: {line}" for line in budget.exceeded(errors, bounds)]
+    return judged, reasons
+
+
+def _misshapen(kept: Kept, wanted: TensorType) -> str:
+    name = dtype_name(wanted.dtype)
+    if tuple(kept.shape) != wanted.shape or kept.dtype != name or kept.values.dtype != wanted.dtype:
+        return f"came as {kept.dtype}{list(kept.shape)}, wanted {name}{list(wanted.shape)}"
+    return "" if kept.finite else "holds NaN or infinity"
+
+
+def keep(root: Root, case: Case, name: str, output: Tensor, share: int) -> Kept:
+    """What is kept of one of ``share`` outputs; the frames of a video count as rows."""
+    return selection.keep(root, case.id, name, output, _layout(output.ndim), share=share)
+
+
+def chosen_of(root: Root, case: Case, name: str, kept: Kept, oracle: Tensor, share: int) -> Tensor:
+    """Of the oracle's whole output the elements that ``keep`` kept of the device's."""
+    layout = _layout(oracle.ndim)
+    told = (kept.shape, kept.values.dtype, kept.digest)
+    chosen = selection.selection(root, case.id, name, *told, layout, share=share)
+    return chosen.take(selection.as_matrix(oracle, layout))
+
+
+def _layout(ndim: int) -> selection.Layout:
+    return selection.Layout(3 if ndim == 5 else None)
+
+
+def wanted_of(scene: Scene, calls: tuple[Call, ...], dtype: torch.dtype) -> dict[str, Wanted]:
+    """What every output of these calls must be, by ``call.output``."""
+    graphs = scene.graphs(dtype)
+    terms = {entry: longest_sum(graph) for entry, graph in graphs.items()}
+    return {
+        f"{call.name}.{name}": Wanted(value.type, terms[call.entry])
+        for call in calls
+        for name, value in graphs[call.entry].outputs
+    }
+
+
+def longest_sum(graph: Graph) -> int:
+    """Terms of the longest sum in a graph: of a product, a convolution or a norm, or over attention's keys."""
+    longest = max((math.prod(v.shape[1:]) for v in graph.inputs_at(Rate.WEIGHTS)), default=1)
+    keys = [node.values[1].shape[1] for node in graph.nodes if node.op == "attention"]
+    return max([longest, *keys])
