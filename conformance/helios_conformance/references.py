@@ -154,7 +154,9 @@ def merge(new: Mapping[str, Rows], known: set[str], host: Mapping[str, str]) -> 
     kept = {case: rows for case, rows in entries.items() if case in known and rows}
     whole = kept.keys() <= new.keys()
     fresh = _file().with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(encode(kept, [host] if whole else [host, *json.loads(text)["made"]]), encoding="utf-8")
+    before = json.loads(text)["made"]
+    hosts = [] if whole else before if isinstance(before, list) else [before]
+    fresh.write_text(encode(kept, [host, *hosts]), encoding="utf-8")
     fresh.replace(_file())
     return len(kept)
 
