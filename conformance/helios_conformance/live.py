@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from helios_conformance.case import LEVELS, Case
+from helios_conformance.draws import Root
 
 __all__ = ["Progress", "reproduce"]
 
@@ -24,21 +25,26 @@ QUIET_SECONDS = 10.0
 _COLUMNS = (("pass", "passed", "green"), ("fail", "failed", "bold red"), ("unsupported", "unsupported", "yellow"))
 
 
-def reproduce(spec: str, case: str) -> str:
-    """The command that runs one case again."""
-    return f"helios certify --backend {shlex.quote(spec)} --filter {shlex.quote(case)}"
+def reproduce(spec: str, case: str, root: Root) -> str:
+    """The command that runs one case again, on the same draws."""
+    words = ["helios", "certify", "--backend", spec, "--filter", case, "--seed", str(root.seed)]
+    return shlex.join(words + (["--nonce", root.nonce] if root.nonce else []))
+
+
+def _cases(number: int) -> str:
+    return f"{number} case" + "s" * (number != 1)
 
 
 class Progress:
     """A ``runner.Watcher`` that tells on standard error; a context manager around the run.
 
     Args:
-        spec: the backend as it was selected, for commands to paste.
+        spec, root: the backend as it was selected, and the run's draws: for commands to paste.
         terminal: whether to draw a table; default: whether standard error is a terminal.
     """
 
-    def __init__(self, spec: str, *, terminal: bool | None = None) -> None:
-        self._spec = spec
+    def __init__(self, spec: str, root: Root, *, terminal: bool | None = None) -> None:
+        self._spec, self._root = spec, root
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self._terminal = sys.stderr.isatty() if terminal is None else terminal
         self._totals: collections.Counter[str] = collections.Counter()
@@ -70,7 +76,7 @@ class Progress:
         emulated = f", emulated: {backend['emulated']}" if backend["emulated"] else ""
         self._title = f"{backend['label']} on {device}{emulated}"
         if not self._terminal:
-            self._say(f"{len(cases)} cases, {self._title}")
+            self._say(f"{_cases(len(cases))}, {self._title}")
 
     def at(self, case: Case) -> None:
         """The case that runs now."""
@@ -80,14 +86,15 @@ class Progress:
         now = time.monotonic()
         if not self._terminal and now - self._told >= QUIET_SECONDS:
             self._told = now
-            self._say(f"{self.done} of {sum(self._totals.values())} cases, {self._rate()}, at {case.id}")
+            told = [f"{self.done} of {_cases(sum(self._totals.values()))}", self._rate(), f"at {case.id}"]
+            self._say(", ".join(text for text in told if text))
 
     def finished(self, record: Mapping[str, Any]) -> None:
         """A verdict. Failures are told at once; one reason for many cases not run is told once."""
         state, level, reason = record["state"], record["level"], record["reason"]
         self._states[level][state] += 1
         if state == "fail":
-            self._say(f"FAIL {record['id']}: {reason}\n     {reproduce(self._spec, record['id'])}", "red")
+            self._say(f"FAIL {record['id']}: {reason}\n     {reproduce(self._spec, record['id'], self._root)}", "red")
         elif state in ("unsupported", "not_run") and record["required"] and reason not in self._reasons:
             self._reasons.add(reason)
             self._say(f"{state.replace('_', ' ').upper()} {record['id']}: {reason}", "yellow")
@@ -95,7 +102,9 @@ class Progress:
             self._say(f"{level}: {self._counted(level)}")
 
     def note(self, text: str) -> None:
-        """What happened beside the cases; a loss is told again with its case, so only the table needs to know."""
+        """A worker was lost. In a case that is told with the case; while it started it is told here."""
+        if not self._case:
+            self._say(text, "yellow")
 
     # --- how it looks -------------------------------------------------------------------------------------------------
 

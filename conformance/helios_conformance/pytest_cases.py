@@ -22,7 +22,7 @@ from helios_conformance.draws import Root
 from helios_conformance.live import reproduce
 from helios_conformance.references import committed
 from helios_conformance.run import Setup
-from helios_conformance.runner import Crew, Ended, Silent, check_filters, judged, split_cores
+from helios_conformance.runner import Crew, Ended, Silent, check_filters, judged, precision_of, split_cores
 from helios_conformance.workers import Lost, Refused
 
 __all__ = ["Plugin", "add_options"]
@@ -83,11 +83,12 @@ def _setup(config: pytest.Config) -> Setup:
     name = parse_spec(spec)[0]
     if name not in names():
         raise UnknownBackend(unknown_name("backend", name, names()), "`helios backends` lists what is installed")
-    check_filters(get("--filter"), get("--precision") or "")
+    precision = get("--precision") or precision_of(get("--filter"))
+    check_filters(get("--filter"), precision)
     folder = Path(tempfile.mkdtemp(prefix="helios-conformance-"))
     return Setup(
         spec,
-        get("--precision") or "",
+        precision,
         get("--suite"),
         suite.levels_up_to(get("--level")),
         tuple(get("--filter")),
@@ -187,8 +188,9 @@ class CaseItem(pytest.Item):
         pytest.skip(told) if verdict.state in ("unsupported", "not_run") else pytest.xfail(told)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        setup = self.config.stash[BENCH].setup
         if isinstance(excinfo.value, NotPassed):
-            return f"{excinfo.value}\n{reproduce(self.config.stash[BENCH].setup.spec, self.case.id)}"
+            return f"{excinfo.value}\n{reproduce(setup.spec, self.case.id, setup.root)}"
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int, str]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import os
+import re
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -28,12 +31,14 @@ from helios_conformance.run import RunFolder, RunResult, Setup, in_order, now
 from helios_conformance.subject import distribution
 from helios_conformance.workers import Lost, Refused, Worker, peak_rss
 
-__all__ = ["Crew", "Desk", "Runner", "Watcher", "check_filters", "judged", "split_cores"]
+__all__ = ["Crew", "Desk", "Runner", "Watcher", "check_filters", "judged", "precision_of", "split_cores"]
 
 STARTS = 3
 """Losses in a row while starting, after which the run ends."""
 LOSSES = 40
 """Losses in a row in cases: the device is gone, or the backend can do nothing at all."""
+GRACE = 10.0
+"""Seconds that judgement has after an interrupt for what the device has computed already."""
 _AHEAD = 4
 """Cases that may wait for judgement before the worker gets another."""
 
@@ -139,7 +144,8 @@ def judged(case: Case, observation: Observation, root: Root, references: Referen
         return execute.judge(case, observation, root, references)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
+        what = error.args[0] if isinstance(error, KeyError) and error.args else error  # a KeyError prints as a repr
+        text = f"{type(error).__name__}: {what} ({os.path.basename(where.filename)}:{where.lineno})"
         return Verdict("fail", f"what came back cannot be judged: {text}"[:2000])
 
 
@@ -181,6 +187,17 @@ class Pending:
 
     def record(self) -> dict[str, Any]:
         return record(self.case, self.observation, self.verdict.result(), self.seconds)
+
+
+def precision_of(filters: Sequence[str]) -> str:
+    """The precision that the ids name, "" where none does: so that an id alone says all.
+
+    Raises InputError where they name both.
+    """
+    found = {name for name in PRECISIONS for pattern in filters if re.search(rf"\[{name}[,\]]", pattern)}
+    if len(found) > 1:
+        raise InputError("the filters name both precisions, and a run has one", "run once for each")
+    return found.pop() if found else ""
 
 
 @dataclasses.dataclass
@@ -287,7 +304,9 @@ class Runner:
                 books.enter(waiting, _AHEAD)
             books.enter(waiting, 0)
         except KeyboardInterrupt:
-            books.enter(collections.deque(p for p in waiting if p.verdict.done()), 0)
+            crew.stop()
+            futures.wait([p.verdict for p in waiting], GRACE)
+            books.enter(collections.deque(itertools.takewhile(lambda p: p.verdict.done(), waiting)), 0)
             raise
         return problem
 

@@ -16,7 +16,9 @@ import typer
 from helios.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)
+GROUP: Any = typer.main.get_command(app)
+CONTEXT: Any = GROUP.make_context("helios", ["doctor"], resilient_parsing=True)
+COMMANDS: dict[str, Any] = {name: GROUP.get_command(CONTEXT, name) for name in GROUP.list_commands(CONTEXT)}
 
 
 def helios(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,6 +46,11 @@ def test_each_command_has_a_help(name: str) -> None:
     run = helios(name, "--help")
     assert run.returncode == 0, run.stderr
     assert "Usage" in run.stdout
+
+
+def test_the_suites_commands_are_there() -> None:
+    assert {"cases", "certify", "compare", "diff", "verify"} <= set(COMMANDS)
+    assert [name for name, command in COMMANDS.items() if "Not available" in (command.help or "")] == []
 
 
 def test_an_unknown_command_is_a_mistake_and_no_traceback() -> None:

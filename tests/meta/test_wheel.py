@@ -22,10 +22,24 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_every_module_of_the_packages_is_there(names: set[str]) -> None:
-    for home, package in ((ROOT, "helios"), (ROOT, "helios_hal"), (ROOT / "backends" / "cpu", "helios_cpu")):
+    for home, package in (
+        (ROOT, "helios"),
+        (ROOT, "helios_hal"),
+        (ROOT / "backends" / "cpu", "helios_cpu"),
+        (ROOT / "conformance", "helios_conformance"),
+    ):
         modules = {path.relative_to(home).as_posix() for path in (home / package).rglob("*.py")}
         assert modules
         assert modules <= names
+
+
+def test_data_files_of_the_suite_are_there(names: set[str]) -> None:
+    home = ROOT / "conformance"
+    wanted = subprocess.run(
+        ["git", "ls-files", "-z", "helios_conformance"], cwd=home, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    assert "helios_conformance/references.json" in wanted
+    assert {name for name in wanted if name} <= names
 
 
 def test_it_is_typed_and_licensed(names: set[str]) -> None:
@@ -35,7 +49,12 @@ def test_it_is_typed_and_licensed(names: set[str]) -> None:
 
 def test_nothing_else_is_there(names: set[str]) -> None:
     tops = {name.partition("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"helios", "helios_hal", "helios_cpu"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {
+        "helios",
+        "helios_hal",
+        "helios_cpu",
+        "helios_conformance",
+    }
 
 
 def test_every_package_with_code_is_listed() -> None:

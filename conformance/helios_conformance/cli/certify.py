@@ -16,6 +16,7 @@ from helios.cli import output
 from helios.errors import InputError, UnknownBackend, unknown_name
 
 if TYPE_CHECKING:
+    from helios_conformance.case import Level as LevelName
     from helios_conformance.run import RunResult, Setup
 
 __all__ = ["EXAMPLES", "certify"]
@@ -126,7 +127,8 @@ def _setup(
     spec = _known(backend)
     _one_of("suite", suite, SUITES)
     _one_of("level", level or "all", (*LEVELS, "all"))
-    precision = _one_of("precision to certify", precision, PRECISIONS) if precision else _precision_of(filters)
+    if precision:
+        _one_of("precision to certify", precision, PRECISIONS)
     if nonce is not None and not re.fullmatch(r"[0-9a-fA-F]{8,128}", nonce):
         raise InputError(f"--nonce {nonce!r} is not 8 to 128 hexadecimal digits", f"--nonce {secrets.token_hex(16)}")
     if not 0.01 <= patience <= 1000:
@@ -135,20 +137,34 @@ def _setup(
         raise InputError(f"--model {model} is no folder")
     from helios_conformance.draws import Root
     from helios_conformance.run import Setup
-    from helios_conformance.suite import levels_up_to
+    from helios_conformance.runner import precision_of
 
+    precision = precision or precision_of(filters)
     return Setup(
         spec=spec,
         precision=precision,
         suite="full" if suite == "full" else "quick",
-        # A case that was asked for by its id is run, whatever its level.
-        levels=levels_up_to(level or ("all" if filters else "pipeline")),
+        levels=_levels(level, precision, filters),
         filters=tuple(filters),
         root=Root(seed, nonce.lower() if nonce else secrets.token_hex(16)),
         model=None if model is None else str(model.resolve()),
         out=out or _folder(spec),
         timeout_factor=patience,
     )
+
+
+def _levels(level: str | None, precision: str, filters: Sequence[str]) -> tuple[LevelName, ...]:
+    """Up to the one asked for; for cases asked for by their ids, up to the highest of theirs."""
+    from helios_conformance.case import PRECISIONS as ALL
+    from helios_conformance.runner import check_filters
+    from helios_conformance.suite import choose, levels_up_to
+
+    check_filters(filters, precision)
+    names = levels_up_to(level or ("all" if filters else "pipeline"))
+    if level or not filters:
+        return names
+    taken = {case.level for p in ([precision] if precision else ALL) for case in choose(p, filters=filters)}
+    return levels_up_to(max(taken, key=names.index))
 
 
 def _known(spec: str | None) -> str:
@@ -167,14 +183,6 @@ def _one_of(kind: str, name: str, known: Sequence[str]) -> str:
     if name not in known:
         raise InputError(unknown_name(kind, name, known))
     return name
-
-
-def _precision_of(filters: Sequence[str]) -> str:
-    """The precision that the ids name, "" where none does: so that an id alone says all."""
-    found = {name for name in PRECISIONS for pattern in filters if re.search(rf"\[{name}[,\]]", pattern)}
-    if len(found) > 1:
-        raise InputError("the filters name both precisions, and a run has one", "run once for each")
-    return found.pop() if found else ""
 
 
 def _folder(spec: str) -> Path:
@@ -201,9 +209,10 @@ def _with_options(setup: Setup, options: Mapping[str, Any]) -> Setup:
     """The setup with settings of realtime, and with the identity of its checkpoint."""
     import dataclasses
 
-    from helios_conformance.realtime.options import Options
+    if options:
+        from helios_conformance.realtime.options import Options
 
-    Options.of(options)
+        Options.of(options)
     identity: dict[str, Any] = {}
     if setup.model is not None:
         from helios_conformance.subject import checkpoint
@@ -235,7 +244,7 @@ def _run(setup: Setup, *, resume: bool, json: bool) -> int:
     from helios_conformance.runner import Runner
 
     before = signal.signal(signal.SIGTERM, _interrupt)  # so that a job that is cancelled can go on, too
-    progress = Progress(setup.spec)
+    progress = Progress(setup.spec, setup.root)
     try:
         with progress:
             result = Runner(setup, progress, resume).run()
@@ -260,13 +269,13 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 def _bundle(result: RunResult) -> tuple[Path, dict[str, Any]]:
     """Write the bundle; the path of its page, and the verdict. The run's own files go only when it stands."""
+    import json
+
     from helios_conformance import bundle, environment
-    from helios_conformance.run import RunFolder
 
     result.environment = environment.read(result.backend)
     folder = bundle.write(result, result.setup.out)
-    RunFolder(result.setup.out).clear()
-    return folder / "report.html", bundle.read_report(folder)["verdict"]
+    return folder / "report.html", json.loads((folder / "report.json").read_text(encoding="utf-8"))["verdict"]
 
 
 def _tell(result: RunResult, report: Path, verdict: Mapping[str, Any], *, json: bool) -> None:
@@ -286,4 +295,4 @@ def _tell(result: RunResult, report: Path, verdict: Mapping[str, Any], *, json: 
     output.line()
     good = verdict["word"] != "not certified"
     output.line(verdict["sentence"], "bold green" if good else "bold red")
-    output.line(f"Report: {report}")
+    typer.echo(f"Report: {report}")  # not wrapped, so that it can be opened
