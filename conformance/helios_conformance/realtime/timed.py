@@ -46,7 +46,6 @@ def observe(case: Case, session: Session) -> Observation:
         "chunks": reel.shots,
         "seconds": reel.seconds,
         "drain": drain,
-        "rehashed": [[i, digest(frames)] for i, frames in reel.frames.items()],
         "looks": looks(reel),
         "memory": _memory(session, reel),
         "sensors": sensors.told(),
@@ -61,6 +60,7 @@ def _tie(case: Case, session: Session, scene: Scene, reel: Reel, facts: dict[str
     other = scene.stream(prompt_of(session.root, case.id, "other"), setting["seed"] + 1, steps, 1)
     facts["other"] = digest(next(iter(other)).latents)
     picks = tied.picked(session.root, case.id, reel.shots, min(KEPT, len(reel.shots)))
+    facts["rehashed"] = [[i, digest(frames)] for i, frames in reel.frames.items()]
     facts["checked"] = tied.again(scene, reel, setting["prompt"], setting["seed"], steps, picks)
     outputs = tied.forwards(case, session, scene)
     request = scene.request(setting["prompt"], setting["seed"], steps)
