@@ -15,7 +15,7 @@ import helios.ops  # noqa: F401
 from helios import op
 from helios.backend import Backend, Kernel, ReferenceBackend
 from helios.op import Arg
-from helios_conformance import execute, references, suite
+from helios_conformance import execute, references, selection, suite
 from helios_conformance.case import Case, Observation, Verdict
 from helios_conformance.checks import op_large
 from helios_conformance.draws import Root
@@ -205,3 +205,16 @@ def test_too_little_memory_is_told_and_nothing_runs() -> None:
 def test_the_block_is_of_prime_length() -> None:
     assert all(op_large.BLOCK % n for n in range(2, 2049))
     assert all(edge % op_large.BLOCK for edge in (*op_large.EDGES, 2**32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_element_that_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype, bad: float) -> None:
+    for count in (1, 7, 1000, 4099):
+        for at in {0, count // 2, count - 1}:
+            x = torch.linspace(-3, 3, count, dtype=dtype)
+            assert selection.all_finite(x)
+            x[at] = bad
+            assert not selection.all_finite(x)
+    assert selection.all_finite(torch.empty(0, 3, dtype=dtype))
+    assert selection.all_finite(torch.arange(5))

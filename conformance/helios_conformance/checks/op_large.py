@@ -25,6 +25,7 @@ from helios_conformance.case import Case, Judged, Kept, Observation, Verdict
 from helios_conformance.draws import Root, normal
 from helios_conformance.one_node import OneNode, run_body, types_of, widened
 from helios_conformance.references import References
+from helios_conformance.selection import all_finite
 from helios_conformance.session import Session
 
 __all__ = ["OpLarge"]
@@ -186,7 +187,7 @@ def _keep(session: Session, case: Case, result: Tensor) -> Kept:
     for piece in flat.split(_PIECE):
         host = piece.to("cpu")
         sha.update(memoryview(host.view(torch.uint8).numpy()))
-        finite = finite and bool(host.isfinite().all())
+        finite = finite and all_finite(host)
     told = sha.hexdigest()
     starts = _chosen(session.root, case, flat.numel(), told)[::_WINDOW]
     values = torch.cat([flat.narrow(0, int(at), _WINDOW).to("cpu", copy=True) for at in starts])
