@@ -19,7 +19,7 @@ from helios_conformance.protocol import Channel, Closed, Late, Malformed, decode
 __all__ = ["Lost", "Refused", "Worker", "peak_rss"]
 
 START_SECONDS = 180.0
-"""For imports and the backend's probe; scaled like the time of cases."""
+"""For imports and the backend's probe; scaled like the time of cases, but never less."""
 LOG_BYTES = 16 << 20
 """Beyond this a log is emptied between two cases: a backend that prints must not fill the disk."""
 _TICK = 0.5
@@ -69,7 +69,7 @@ class Worker:
         self._process, self._channel = self._spawn()
         try:
             self._send({"start": dict(start)})
-            message = self._receive(START_SECONDS * patience)
+            message = self._receive(START_SECONDS * max(1.0, patience))
             if "refused" in message:
                 told = message["refused"]
                 raise Refused(str(told["why"]), str(told["fix"]))
@@ -228,6 +228,7 @@ def _tail(log: Path, since: int, lines: int = 8) -> str:
         return ""
     found = [line.strip()[:200] for line in text.splitlines() if line.strip()]
     found = [line for line in found if not line.startswith("Extension modules:")]
-    fatal = next((i for i, line in enumerate(found) if line.startswith("Fatal Python error")), None)
-    chosen = found[-lines:] if fatal is None else found[fatal : fatal + lines]
+    headlines = [i for i, line in enumerate(found) if line.startswith("Fatal Python error")]
+    headlines += [i for i, line in enumerate(found) if line.endswith("(most recent call first):")]
+    chosen = found[headlines[0] :][:lines] if headlines else found[-lines:]
     return " | ".join(chosen)[:1500]
