@@ -14,7 +14,9 @@ from torch import Tensor
 
 from helios import op
 from helios.backend import Backend, Kernel, ReferenceBackend
-from helios.graph import Node
+from helios.graph import Node, Value
+from helios.passes import Plan
+from helios.program import Coverage, Program
 from helios_conformance import checks, execute, probes, references, suite
 from helios_conformance.case import Observation, Verdict
 from helios_conformance.draws import Root
@@ -252,3 +254,51 @@ def test_large_operands_run_once() -> None:
     assert set(seen.outputs) == {"o0"}
     assert "repeats_equal" not in seen.facts
     assert seen.facts["inputs_unchanged"] is True
+
+
+class Engine(Program):
+    """Runs a graph whole, and gives its input for what changes nothing."""
+
+    def __init__(self, plan: Plan, backend: Backend, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(plan, backend, Coverage())
+        self.change = change
+
+    def evaluate(self, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        known: dict[str, Any] = dict(inputs)
+        for node in self.plan.graphs[graph].nodes:
+            operands = [known[x.name] if isinstance(x, Value) else x for x in node.inputs]
+            known[node.outputs[0].name] = op.get(node.op).fn(*operands, **node.attributes)
+        return {name: self.change(known[value.name]) for name, value in self.plan.graphs[graph].outputs}
+
+
+def engine(change: Callable[[Tensor], Tensor] = lambda t: t) -> Backend:
+    class Whole(Backend):
+        name = "whole"
+
+        def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
+            return Engine(plan, self, change)
+
+    return Whole()
+
+
+@pytest.mark.parametrize("case", [SILU, "linear[fp32,odd]", "denormalize_latents[bf16,small]"])
+def test_an_engine_is_probed_too(case: str) -> None:
+    seen, verdict = judged(case, engine())
+    assert verdict.state == "pass", verdict.reason
+    assert seen.facts["engine"] is True
+    assert judged(case, engine(lambda t: t * 1.05))[1].state == "fail"
+
+
+def test_an_engine_may_share_memory_and_may_not_change_it_later() -> None:
+    buffer: dict[Any, Tensor] = {}
+    _, verdict = judged(SILU, engine(lambda t: buffer.setdefault(t.shape, t.clone()).copy_(t)))
+    assert "a later run wrote to outputs that were given away" in verdict.reason
+
+
+def test_a_kernel_that_senses_the_guards_is_seen_where_there_are_none() -> None:
+    def senses(x: Tensor) -> Tensor:
+        return silu(x if x.untyped_storage().nbytes() > x.nbytes else x * 1.02)
+
+    backend = wrong("silu", senses)
+    assert judged(SILU, backend)[1].state == "pass"
+    assert judged("silu[bf16,small,repeats]", backend)[1].state == "fail"
