@@ -157,7 +157,7 @@ class Same:
 
     def reference(self, case: Case, root: Root) -> Mapping[str, Errors]:
         scenario = scenarios()[case.params["scene"]]
-        draws = 12 if case.suite == "quick" else 3
+        draws = 8 if case.suite == "quick" else 3
         made: dict[Video, Errors] = {}
         for run in _begun(scenario):
             if run.video not in made:

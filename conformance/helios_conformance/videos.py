@@ -149,6 +149,7 @@ def pipeline_of(
     return Pipeline(model, backend, precision, fallback)
 
 
+@functools.lru_cache(maxsize=32)
 def first_chunk_errors(video: Video, root: Root, precision: str, draws: int) -> Errors:
     """The largest errors of the reference in a video's first chunk over several draws."""
     first = dataclasses.replace(video, chunks=1)

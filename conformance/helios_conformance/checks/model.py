@@ -30,7 +30,8 @@ def _of(size: str) -> TransformerConfig:
 
 
 def forwards() -> Mapping[str, Forward]:
-    """By what stands in the id. Two prompts are bound side by side and used in turns."""
+    """By what stands in the id. Prompts are bound side by side and used in turns; before ``tiny,one_stage`` other weights
+    are loaded into its program."""
     return {
         "tiny,stages": Forward("model", _of("tiny"), 8, 8, (2, 1, 0), prompts=2),
         "tiny,batch2": Forward("model", _of("tiny"), 8, 8, (2, 1, 0), batch=2),
@@ -64,7 +65,7 @@ class Forwards(SceneCheck):
     def cases(self, precision: str) -> Iterator[Case]:
         for key in forwards():
             suite = "full" if key.startswith("mini") else "quick"
-            params = {"scene": key}
+            params = {"scene": key} | ({"reload": True} if key == "tiny,one_stage" else {})
             yield Case(f"forward[{precision},{key}]", "model", self.name, precision, params, suite, timeout=900.0)  # type: ignore[arg-type]
 
     def scene(self, case: Case) -> Scene:
