@@ -1,0 +1,209 @@
+"""The verdict: only a complete, closed scope is certified, and no level is green because of what did not run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from helios_conformance import suite, verdict
+from helios_conformance.case import LEVELS, Case
+
+CASES = tuple(
+    Case(f"{level}_{i}[bf16]", level, "op_values", "bf16", suite="quick" if i == 0 else "full", required=i < 2)
+    for level in LEVELS
+    for i in range(3)
+)
+
+
+@pytest.fixture(autouse=True)
+def _tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "all_cases", lambda precision: CASES)
+
+
+def told(levels: int = 4, name: str = "full", filters: tuple[str, ...] = (), **states: str) -> dict[str, Any]:
+    """A report in which all passed, but for the cases named."""
+    taken = suite.choose("bf16", name, LEVELS[:levels], filters)  # type: ignore[arg-type]
+    cases = [
+        {
+            "id": case.id,
+            "level": case.level,
+            "required": case.required,
+            "state": states.get(case.id.partition("[")[0], "pass"),
+            "facts": {},
+            "coverage": [],
+        }
+        for case in taken
+    ]
+    return {
+        "suite": {"name": name, "levels": list(LEVELS[:levels]), "filters": list(filters)},
+        "scope": {"precision": "bf16", "kind": "kernels", "variants": ["base", "mid", "distilled"]},
+        "backend": {"label": "cpu", "emulated": "", "device": {"name": "a CPU"}},
+        "setup": {"imported": False},
+        "weights": {"origin": "random"},
+        "environment": {"git": {"helios": None, "backend": None}},
+        "coverage": [],
+        "problem": "",
+        "realtime": None,
+        "cases": cases,
+    }
+
+
+def test_a_complete_closed_scope_is_certified() -> None:
+    found = verdict.conclude(told())
+    assert (found["word"], found["closed"], found["reasons"]) == ("certified", True, [])
+    assert found["sentence"] == (
+        "In bf16, levels ops, blocks, model and pipeline, full suite, variants base, mid and distilled: "
+        "backend cpu on a CPU is certified, self-tested."
+    )
+    assert {level: row["state"] for level, row in found["levels"].items()} == dict.fromkeys(LEVELS[:4], "pass") | {
+        "realtime": "not_run"
+    }
+    assert found["levels"]["ops"]["required"] == 2
+    assert verdict.exit_code(found) == 0
+
+
+def speed(**change: Any) -> dict[str, Any]:
+    """A section on real time that is a full measurement, but for a change."""
+    run = {"case": "realtime", "state": "pass", "size": "14b", "height": 384, "width": 640, "class": "measured"}
+    return {
+        "runs": [run | {"full_length": True, "chunks": 45, "seconds": 130.0} | change],
+        "varied": {},
+        "ceilings": [1],
+    }
+
+
+@pytest.mark.parametrize("section", [None, {}, speed(size="mini"), speed(full_length=False), speed(height=192)])
+def test_real_time_is_certified_by_a_full_measurement_alone(section: Any) -> None:
+    assert verdict.conclude(told(5) | {"realtime": speed()})["word"] == "certified"
+    assert verdict.conclude(told(5) | {"realtime": section})["word"] == "passed"
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_the_scope_names_its_levels(levels: int) -> None:
+    found = verdict.conclude(told(levels) | {"realtime": speed()})
+    assert found["word"] == "certified"
+    assert LEVELS[levels - 1] in found["sentence"]
+    assert found["levels"][LEVELS[levels - 1]]["state"] == "pass"
+    assert all(found["levels"][level]["reason"] == "not asked for" for level in LEVELS[levels:])
+
+
+@pytest.mark.parametrize(
+    ("state", "words", "level"),
+    [("fail", "failed", "fail"), ("unsupported",) * 2 + ("fail",), ("not_run", "not run", "not_run")],
+)
+def test_a_required_case_that_did_not_pass_refuses_the_certificate(state: str, words: str, level: str) -> None:
+    found = verdict.conclude(told(blocks_1=state))
+    assert found["word"] == "not certified"
+    assert found["levels"]["blocks"]["state"] == level
+    assert f"1 of 2 {words}: blocks_1[bf16]" in found["sentence"]
+    assert verdict.exit_code(found) == 1
+
+
+def test_the_level_realtime_needs_a_full_measurement() -> None:
+    found = verdict.conclude(told(5))
+    assert found["word"] == "passed"
+    assert "no timed run was made" in found["sentence"]
+
+
+def test_a_case_that_no_certificate_needs_may_fail() -> None:
+    found = verdict.conclude(told(blocks_2="fail"))
+    assert found["word"] == "certified"
+    assert found["levels"]["blocks"]["failed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda r: r["backend"].update(emulated="torch"), "emulated: torch"),
+        (lambda r: r.update(coverage=[["add", 1, 0, 3, "no kernel"]]), "3 nodes ran by the reference"),
+        (lambda r: r["suite"].update(levels=["ops", "model"]), "a level was left out"),
+    ],
+)
+def test_what_is_less_than_complete_passed_at_best(change: Any, reason: str) -> None:
+    report = told()
+    change(report)
+    report["cases"] = [c for c in report["cases"] if c["level"] in report["suite"]["levels"]]
+    found = verdict.conclude(report)
+    assert found["word"] == "passed"
+    assert "passed, which is not a certification" in found["sentence"]
+    assert reason in found["sentence"]
+
+
+@pytest.mark.parametrize("scope", [{"name": "quick"}, {"filters": ("ops_0",)}])
+def test_quick_and_filtered_runs_only_pass(scope: Any) -> None:
+    found = verdict.conclude(told(**scope))
+    assert (found["word"], found["closed"]) == ("passed", False)
+    assert verdict.exit_code(found) == 0
+
+
+def test_a_filtered_run_whose_only_case_fails_did_not_pass() -> None:
+    for state in ("fail", "unsupported", "not_run"):
+        assert verdict.conclude(told(filters=("ops_2",), ops_2=state))["word"] == "not certified"
+
+
+def test_a_level_without_cases_is_never_green() -> None:
+    report = told()
+    report["cases"] = [case for case in report["cases"] if case["level"] != "model"]
+    found = verdict.conclude(report)
+    assert found["levels"]["model"]["state"] == "not_run"
+    assert (found["word"], found["closed"]) == ("passed", False)
+
+
+def test_nothing_ran() -> None:
+    report = told(filters=("nothing",))
+    found = verdict.conclude(report)
+    assert (found["word"], found["reasons"][0]) == ("not certified", "no case ran")
+    everything = {case.id.partition("[")[0]: "not_run" for case in CASES}
+    report = told(**everything) | {"problem": "its probe raised OSError: libcard.so"}
+    found = verdict.conclude(report)
+    assert found["reasons"][:2] == ["its probe raised OSError: libcard.so", "no case ran"]
+    assert "its probe raised OSError: libcard.so" in found["sentence"]
+    assert verdict.conclude(told(**dict.fromkeys(everything, "unsupported")))["word"] == "not certified"
+
+
+def test_an_engines_single_ops_are_diagnostic() -> None:
+    report = told(ops_0="fail", ops_1="unsupported")
+    report["scope"]["kind"] = "engine"
+    found = verdict.conclude(report)
+    assert found["word"] == "certified"
+    assert found["levels"]["ops"]["state"] == "fail"
+    assert found["levels"]["ops"]["diagnostic"]
+    assert found["levels"]["ops"]["reason"].endswith("diagnostic for an engine")
+    only = told(1)
+    only["scope"]["kind"] = "engine"
+    assert verdict.conclude(only)["word"] == "passed"
+    failing = told(blocks_0="fail")
+    failing["scope"]["kind"] = "engine"
+    assert verdict.conclude(failing)["word"] == "not certified"
+
+
+def test_imported_results_are_called_that() -> None:
+    report = told()
+    report["setup"]["imported"] = True
+    found = verdict.conclude(report)
+    assert (found["word"], found["closed"]) == ("imported", False)
+    report["cases"][0]["state"] = "fail"
+    assert verdict.conclude(report)["word"] == "not certified"
+
+
+def test_many_names_are_cut() -> None:
+    report = told(filters=tuple(f"x{i}" for i in range(9)) + ("ops_0",))
+    assert "x4 and 5 more" in verdict.conclude(report)["sentence"]
+
+
+def test_what_is_not_proved() -> None:
+    plain = verdict.not_proved(told())
+    assert any("level realtime" in s for s in plain)
+    assert "No speed was measured." in plain
+    assert any("Weights are random" in s for s in plain)
+    assert not any("Cases were left out" in s for s in plain)
+    report = copy.deepcopy(told(5, "quick"))
+    report |= {"realtime": {"fps": {}}, "weights": {"origin": "checkpoint"}}
+    report["environment"]["git"]["backend"] = {"commit": "0" * 40, "dirty": True}
+    more = verdict.not_proved(report)
+    assert any("attested, not proved" in s for s in more)
+    assert any("Cases were left out" in s for s in more)
+    assert any("changes that its commit does not name" in s for s in more)
+    assert not any("Nothing is said" in s or "random" in s for s in more)

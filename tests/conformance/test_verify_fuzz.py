@@ -1,0 +1,245 @@
+"""Edits of a valid bundle, drawn at random: what is accepted is no edit, or of a field that is listed as attested.
+
+The forger here has no key but everything else: after each edit every conclusion, every derived file and every digest is
+made anew, so that only what the verifier itself recomputes or cross-checks can refuse.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helios_conformance import manifest, verify
+
+FUZZ = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+JSON_LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.sampled_from(["", "inf", "nan", "pass", "fail", "certified", "bf16", "fp32", "ops", "0" * 64, "𝓍\u202e\x00"]),
+    st.text(max_size=20),
+    st.just([]),
+    st.just({}),
+    st.just([[[]]]),
+)
+
+
+def paths(tree: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a JSON value, inner ones included."""
+    if at:
+        yield at
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield from paths(value, (*at, key))
+
+
+def put(tree: Any, path: tuple[Any, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
+def take(tree: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def attested(path: tuple[Any, ...]) -> bool:
+    """Whether a place, or one that holds it, is listed as attested."""
+    dotted = ".".join("*" if isinstance(key, int) else str(key).replace(".", "_") for key in path)
+    return any(fnmatch.fnmatchcase(dotted, p) or fnmatch.fnmatchcase(dotted, f"{p}.*") for p in verify.ATTESTED)
+
+
+DERIVED = ("coverage", "divergence", "realtime", "verdict", "tier", "not_proved", "reproduce")
+
+
+def check(bundles: Any, told: dict[str, Any], folder: Path, path: tuple[Any, ...], *, derive: bool) -> None:
+    """Whatever cannot even be written or derived is no bundle; what can must be refused, or be attested."""
+    try:
+        bundles.forge(told, folder, derive=derive)
+    except Exception:  # the forger's own tools fail on what he made: he has no bundle to show
+        return
+    outcome = bundles.verify(folder)
+    for finding in outcome.findings:
+        assert str(finding).isprintable()
+    if outcome.accepted:
+        same = json.dumps(outcome.report, sort_keys=True) == json.dumps(bundles.report(), sort_keys=True)
+        assert same or attested(path), f"an edit of {path} to {take(told, path)!r} was accepted"
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@FUZZ
+@given(data=st.data())
+def test_no_edit_of_the_report_is_accepted(data: st.DataObject, closed: Any, scratch: Path) -> None:
+    edit_anywhere(data, closed, scratch)
+
+
+@pytest.mark.slow
+@settings(FUZZ, max_examples=2000)
+@given(data=st.data())
+def test_no_edit_of_the_report_is_accepted_at_length(data: st.DataObject, closed: Any, scratch: Path) -> None:
+    edit_anywhere(data, closed, scratch)
+
+
+def edit_anywhere(data: st.DataObject, closed: Any, scratch: Path) -> None:
+    """One place of the report says something else, and all that follows from it is made anew."""
+    told = closed.report()
+    places = [p for p in paths(told) if p[0] not in DERIVED]
+    path = data.draw(st.sampled_from(places), label="place")
+    put(told, path, data.draw(st.one_of(JSON_LEAVES, st.sampled_from(siblings(told, path))), label="value"))
+    check(closed, told, scratch / "b", path, derive=True)
+
+
+def siblings(told: dict[str, Any], path: tuple[Any, ...]) -> list[Any]:
+    """Values that fit the place by kind: the same in other cases, and numbers near by."""
+    value = take(told, path)
+    found: list[Any] = [copy.deepcopy(value)]
+    if path[0] == "cases" and len(path) > 2:
+        for other in told["cases"]:
+            try:
+                found.append(copy.deepcopy(take(other, path[2:])))
+            except (KeyError, IndexError, TypeError):
+                continue
+    if isinstance(value, bool):
+        found.append(not value)
+    elif isinstance(value, int | float):
+        found += [value * 2, value / 2, -value, value + 1, type(value)(value * 1.01)]
+    elif isinstance(value, str):
+        found += [value + " ", value.upper(), value[1:]]
+    return found
+
+
+@FUZZ
+@given(data=st.data())
+def test_no_edit_of_a_conclusion_is_accepted(data: st.DataObject, closed: Any, scratch: Path) -> None:
+    """What follows from the rest has one value."""
+    told = closed.report()
+    path = data.draw(st.sampled_from([p for p in paths(told) if p[0] in DERIVED]), label="place")
+    put(told, path, data.draw(st.one_of(JSON_LEAVES, st.sampled_from(siblings(told, path))), label="value"))
+    check(closed, told, scratch / "b", path, derive=False)
+
+
+@FUZZ
+@given(data=st.data())
+def test_nothing_is_removed_added_or_renamed(data: st.DataObject, closed: Any, scratch: Path) -> None:
+    told = closed.report()
+    path = data.draw(st.sampled_from([p for p in paths(told) if p[0] not in DERIVED]), label="place")
+    holder = take(told, path[:-1])
+    how = data.draw(st.sampled_from(["remove", "twice", "rename"]), label="how")
+    if isinstance(holder, list):
+        value = holder.pop(path[-1]) if how == "remove" else holder[path[-1]]
+        if how != "remove":
+            holder.insert(data.draw(st.integers(0, len(holder))), value)
+    elif how == "remove":
+        del holder[path[-1]]
+    else:
+        value = holder[path[-1]] if how == "twice" else holder.pop(path[-1])
+        holder[data.draw(st.text(min_size=1, max_size=10))] = value
+    try:
+        closed.forge(told, scratch / "b")
+    except Exception:
+        return
+    outcome = closed.verify(scratch / "b")
+    assert not outcome.accepted or attested(path[:-1]) or outcome.report == closed.report()
+
+
+@FUZZ
+@given(data=st.data())
+def test_no_edit_of_an_output_is_accepted(data: st.DataObject, closed: Any, scratch: Path) -> None:
+    """Beyond rounding to the dtype nothing may differ: small outputs by their digest, others by the oracle."""
+    name = data.draw(st.sampled_from(sorted(closed.tensors)), label="output")
+    tensors = {k: v.clone() for k, v in closed.tensors.items()}
+    values = tensors[name]
+    whole = (
+        values.numel()
+        == torch.Size(
+            next(c for c in closed.result.records if name.startswith(c["id"] + "/"))["outputs"][
+                name.rpartition("/")[2]
+            ]["shape"]
+        ).numel()
+    )
+    place = data.draw(st.integers(0, values.numel() - 1), label="element")
+    old = values[place].clone()
+    values[place] = data.draw(st.floats(width=16, allow_nan=True, allow_infinity=True), label="value")
+    folder = closed.forge(closed.report(), scratch / "b", tensors=tensors)
+    changed = not torch.equal(old.reshape(1).view(torch.uint8), values[place].reshape(1).view(torch.uint8))
+    if closed.verify(folder).accepted:
+        assert not changed or not whole
+        # Of an output kept in part an element may differ by what leaves every statistic where it was told to be.
+        assert not changed or abs(float(old) - float(values[place])) < 0.02 * float(closed.tensors[name].abs().max())
+
+
+FILES = ("report.json", "report.html", "junit.xml", "MANIFEST.json", "outputs/ops.safetensors", "graphs/stage0.txt")
+
+
+@FUZZ
+@given(data=st.data())
+def test_no_damage_to_a_file_is_accepted_or_crashes(data: st.DataObject, closed: Any, scratch: Path) -> None:
+    folder = scratch / "damage"
+    shutil.rmtree(folder, ignore_errors=True)
+    closed.write(folder)
+    name = data.draw(st.sampled_from(FILES), label="file")
+    original = (folder / name).read_bytes()
+    if data.draw(st.booleans(), label="cut"):
+        made = original[: data.draw(st.integers(0, len(original)))]
+    else:
+        at = data.draw(st.integers(0, len(original)), label="at")
+        made = original[:at] + data.draw(st.binary(min_size=1, max_size=8)) + original[at:]
+    (folder / name).write_bytes(made)
+    sealed = data.draw(st.booleans(), label="sealed")
+    if sealed and name != manifest.MANIFEST:
+        closed.seal(folder)
+    outcome = closed.verify(folder)
+    assert outcome.accepted == (made == original) or (name == manifest.MANIFEST and harmless(made, original))
+    for finding in outcome.findings:
+        assert str(finding).isprintable()
+
+
+def harmless(made: bytes, original: bytes) -> bool:
+    """White space between tokens of the manifest says nothing; under a signature not even that may change."""
+    return re.sub(rb"\s", b"", made) == re.sub(rb"\s", b"", original)
+
+
+def test_the_list_of_attested_fields_is_exact(closed: Any, tmp_path: Path) -> None:
+    """Each of them can be said otherwise without a key: the list promises no more than is true."""
+    edits: dict[str, Any] = {
+        "backend": lambda r: r["backend"].update(kernels=1),
+        "environment": lambda r: r["environment"].update(cpu="a better one"),
+        "cases.*.facts": lambda r: r["cases"][0]["facts"].update(more=1),
+        "cases.*.coverage": lambda r: r["cases"][0].update(coverage=[["add", 7, 0, 0, ""]]),
+        "cases.*.seconds": lambda r: r["cases"][0].update(seconds=r["cases"][0]["seconds"] / 2),
+        "setup": lambda r: r["setup"].update(options={"size": "tiny"}),
+        "weights": lambda r: r.update(weights={"origin": "checkpoint", "sha256": "0" * 64, "name": "x"}),
+        "started": lambda r: r.update(started="2026-01-01T00:00:00+00:00"),
+        "finished": lambda r: r.update(finished="2036-01-01T00:00:00+00:00"),
+        "peak_rss": lambda r: r["peak_rss"].update(worker=1),
+        "workers": lambda r: r["workers"].update(started=9),
+        "problem": lambda r: r.update(problem="the cable was pulled"),
+    }
+    for name, edit in edits.items():
+        assert name in verify.ATTESTED
+        told = closed.report()
+        edit(told)
+        assert closed.report() != told
+        outcome = closed.verify(closed.forge(told, tmp_path / "b"))
+        assert [str(f) for f in outcome.findings] == [], name
+    # One needs a backend that declines; the other turns a failure into a pass, and here nothing fails.
+    assert set(verify.ATTESTED) - set(edits) == {"cases.*.unsupported", "cases.*.outputs.*.finite"}
