@@ -79,6 +79,10 @@ def _scope(report: Mapping[str, Any]) -> Iterator[Difference]:
     ):
         if came != wanted:
             yield place, f"it says {came}, elsewhere the report says {wanted}"
+    for case in report["cases"]:
+        # An engine is judged less strictly in single ops, so no case may say that it was one.
+        if case["facts"].get("engine", scope["kind"] == "engine") is not (scope["kind"] == "engine"):
+            yield f"cases.{case['id']}.facts.engine", f"it contradicts scope.kind, which is {scope['kind']}"
     weights = report["weights"]
     if weights["origin"] == "random" and (weights["seed"], weights["scale"]) != (told["seed"], made.SCALE):
         yield "weights", "random weights of another seed or scale than the suite draws"

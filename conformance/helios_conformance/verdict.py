@@ -11,7 +11,7 @@ import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from helios_conformance import suite
+from helios_conformance import realtime, suite
 from helios_conformance.case import LEVELS, Case, Level
 
 if TYPE_CHECKING:
@@ -132,14 +132,14 @@ def _failings(report: Mapping[str, Any], levels: Mapping[Level, Any], needed: Se
         reasons.append("no case ran")
     elif not states["pass"]:
         reasons.append("no case passed")
-    elif not any(levels[level]["state"] == "pass" for level in needed):
-        reasons.append("no level passed that decides")
     taken = {case["level"] for case in report["cases"]}
     reasons += [
         f"level {level}: {levels[level]['reason']}"
         for level in needed
         if level in taken and levels[level]["state"] != "pass"
     ]
+    if not reasons and not any(levels[level]["state"] == "pass" for level in needed or report["suite"]["levels"]):
+        reasons.append("no level passed")
     return reasons
 
 
@@ -162,6 +162,8 @@ def _shortcomings(report: Mapping[str, Any], levels: Mapping[Level, Any], needed
         reasons.append(f"{fallbacks} nodes ran by the reference in the backend's place")
     if report["setup"]["imported"]:
         reasons.append("the results were imported as files: which device made them, and when, is not shown")
+    if "realtime" in told["levels"]:
+        reasons += realtime.shortcomings(report["realtime"])
     return reasons
 
 

@@ -228,7 +228,7 @@ def _claims(told: Mapping[str, Any], challenge: str | None) -> list[tuple[str, s
     wrong += [("realtime", what) for what in realtime.check(told["realtime"], told)]
     if told["backend"]["emulated"]:
         wrong.append(("backend.emulated", f"nothing emulated is evidence: {shown(told['backend']['emulated'])}"))
-    fallbacks = verdict.recorded_fallbacks(told)
+    fallbacks = verdict.recorded_fallbacks(wanted)
     if fallbacks and told["verdict"]["word"] == "certified":
         wrong.append(("coverage", f"{fallbacks} nodes ran by the reference in a certified run"))
     if challenge is not None and challenge != told["suite"]["nonce"]:
