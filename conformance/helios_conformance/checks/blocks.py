@@ -120,7 +120,7 @@ def samplers() -> Mapping[str, Sampler]:
         "euler": Sampler(_scheduler("base", scheduler_type="euler"), (10,), height=4),
         "euler_pyramid": Sampler(_scheduler("mid", scheduler_type="euler"), (3, 3, 3), zero_star=True),
         "unipc_50": Sampler(_scheduler("base"), (50,), zero_star=False, height=4),
-        "unipc_pyramid_20": Sampler(_scheduler("mid"), (20, 20, 20), zero_star=True, height=4),
+        "unipc_pyramid_20": Sampler(_scheduler("mid"), (20, 20, 20), zero_star=True),
     }
 
 
