@@ -30,8 +30,8 @@ def _of(size: str) -> TransformerConfig:
 
 
 def forwards() -> Mapping[str, Forward]:
-    """By what stands in the id. Prompts are bound side by side and used in turns. Into the program of ``tiny,one_stage``
-    other weights are loaded first."""
+    """By what stands in the id. Prompts are bound side by side and used in turns. Into the program of
+    ``tiny,one_stage`` other weights are loaded first."""
     return {
         "tiny,stages": Forward("model", _of("tiny"), 8, 8, (2, 1, 0), prompts=2),
         "tiny,batch2": Forward("model", _of("tiny"), 8, 8, (2, 1, 0), batch=2),
