@@ -31,6 +31,7 @@ Treatment = Literal["nan", "zero", "plain"]
 """What a run finds in memory that it did not write: NaN, zeros, or whatever the system left."""
 
 _PAD = 3
+_LARGEST_DIRTY = 1 << 26
 
 
 @functools.lru_cache(maxsize=256)
@@ -82,7 +83,7 @@ class Guarded:
         return Guarded(_inside(buffer, host, strides, start), buffer, image)
 
     def _inside(self, buffer: Tensor) -> Tensor:
-        return _inside(buffer, self.tensor, self.tensor.stride(), self.tensor.storage_offset())
+        return _inside(buffer, self.tensor, self.tensor.stride(), int(self.tensor.storage_offset()))
 
     def write(self, host: Tensor) -> None:
         """Other contents at the same address."""
@@ -119,12 +120,13 @@ def dirty(device: torch.device, sizes: Sequence[int], treatment: Treatment) -> N
 
     Args:
         device: whose memory.
-        sizes: of the blocks, in bytes.
+        sizes: of the blocks, in bytes; larger ones than 64 MiB go back to the system, so they are left out.
         treatment: what to leave; nothing is done for ``plain``.
     """
     if treatment != "plain" and device.type != "meta":
         byte = 0xFF if treatment == "nan" else 0
-        blocks = [torch.empty(size, dtype=torch.uint8, device=device).fill_(byte) for size in sizes]
+        some = [size for size in sizes if size <= _LARGEST_DIRTY]
+        blocks = [torch.empty(size, dtype=torch.uint8, device=device).fill_(byte) for size in some]
         del blocks
 
 
@@ -152,7 +154,7 @@ class Allocations(TorchDispatchMode):
     """
 
     def __init__(self, treatment: Treatment) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.treatment = treatment
         self.buffers: list[tuple[Tensor, int]] = []  # and bytes between the guards
 

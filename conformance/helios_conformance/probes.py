@@ -346,8 +346,8 @@ def judge_facts(facts: Mapping[str, Any], kind: Kind, *, brief: bool = False) ->
     reasons = []
     for fact, words in FACTS.items():
         if fact not in excused and facts.get(fact) is not True:
-            where = details.get(fact, []) if isinstance(details, Mapping) else []
-            reasons.append(f"{words} ({', '.join(map(str, where))})" if where else words)
+            where = details.get(fact) if isinstance(details, Mapping) else None
+            reasons.append(f"{words} ({', '.join(map(str, where))})" if where and isinstance(where, list) else words)
     return reasons
 
 

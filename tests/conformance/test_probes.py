@@ -186,7 +186,8 @@ def test_a_fact_that_is_missing_or_not_true_is_a_reason(fact: str) -> None:
     facts: dict[str, Any] = dict.fromkeys(probes.FACTS, True)
     assert probes.judge_facts(facts, "round") == []
     for told in (False, None, 1, "true"):
-        assert probes.judge_facts(facts | {fact: told, "details": 3}, "round") == [probes.FACTS[fact]]
+        for details in (3, {fact: 3}, {fact: {}}, {}):
+            assert probes.judge_facts(facts | {fact: told, "details": details}, "round") == [probes.FACTS[fact]]
     del facts[fact]
     assert probes.judge_facts(facts, "round") == [probes.FACTS[fact]]
 

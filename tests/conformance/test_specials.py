@@ -152,6 +152,12 @@ def test_the_reference_counts_far(name: str) -> None:
     assert seen.outputs["o0"].values.nbytes <= 64 << 10
 
 
+def test_a_large_case_without_its_output_fails() -> None:
+    empty = Observation()
+    verdict = execute.judge(suite.find("add[bf16,int32]"), empty, ROOT, REFERENCES)
+    assert (verdict.state, verdict.reason) == ("fail", "outputs are none, wanted o0")
+
+
 def wrapped(flat: Tensor) -> Tensor:
     """What an index that wraps at the edge gives."""
     return flat[torch.arange(flat.numel()) % EDGE]

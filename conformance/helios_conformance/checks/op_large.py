@@ -120,6 +120,8 @@ class OpLarge:
     def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
         if observation.facts.get("not_run"):
             return Verdict("not_run", str(observation.facts["not_run"]))
+        if set(observation.outputs) != {"o0"}:
+            return Verdict("fail", f"outputs are {', '.join(sorted(observation.outputs)) or 'none'}, wanted o0")
         kept, shape = observation.outputs["o0"], self._result_shape(case)
         chosen = _chosen(root, case, math.prod(shape), kept.digest)
         reasons = _strange(kept, shape, chosen)
