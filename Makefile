@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow mutants lint format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -40,6 +40,9 @@ test: lint ## set up, lint, and run the tests (slow ones excepted)
 
 test-slow: setup ## the tests that take minutes each
 	$(PYTEST) -m slow --durations=0
+
+mutants: setup ## the conformance suite against wrong backends: each must be caught
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tools/mutants.py --out docs/mutants.md
 
 lint: setup ## ruff, mypy --strict, the floors, the sizes
 	$(BIN)/ruff check .
