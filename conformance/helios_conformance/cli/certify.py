@@ -74,6 +74,10 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Another setting of realtime, such as chunks=45.", hidden=False),
 ]
+Sign = Annotated[
+    Path | None,
+    typer.Option(metavar="KEY", help="Sign the evidence with this SSH key (ssh-keygen -Y).", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")]
 
 
@@ -95,6 +99,7 @@ def certify(
     width: Width = None,
     soak: Soak = None,
     set_: Set = None,
+    sign: Sign = None,
     json: Json = False,
 ) -> None:
     """Judge a backend by the conformance suite and keep the evidence.
@@ -102,13 +107,15 @@ def certify(
     Exit status: 0 certified or passed, 1 not certified, 2 a mistake in the command, 130 interrupted.
     """
     chosen = filters or []
+    if sign is not None and not sign.is_file():
+        raise InputError(f"there is no key {sign}", "ssh-keygen -t ed25519 makes one")
     if resume:
         setup = _resumed(out, backend)
     else:
         realtime = {"size": size, "steps": steps, "height": height, "width": width, "soak": soak}
         setup = _setup(backend, level, suite, precision, chosen, out, seed, nonce, timeout_factor, model)
         setup = _with_options(setup, {**_pairs(set_ or []), **{k: v for k, v in realtime.items() if v is not None}})
-    raise typer.Exit(_run(setup, resume=resume, json=json))
+    raise typer.Exit(_run(setup, sign, resume=resume, json=json))
 
 
 def _setup(
@@ -236,7 +243,7 @@ def _resumed(out: Path | None, backend: str | None) -> Setup:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def _run(setup: Setup, *, resume: bool, json: bool) -> int:
+def _run(setup: Setup, sign: Path | None, *, resume: bool, json: bool) -> int:
     """Run, bundle, tell; the exit status."""
     import shlex
 
@@ -249,6 +256,10 @@ def _run(setup: Setup, *, resume: bool, json: bool) -> int:
         with progress:
             result = Runner(setup, progress, resume).run()
         report, verdict = _bundle(result)
+        if sign is not None:
+            from helios_conformance import signing
+
+            signing.sign(report.parent, sign)
     except KeyboardInterrupt:
         output.fail(
             f"interrupted after {output.count(progress.done, 'case')}",
