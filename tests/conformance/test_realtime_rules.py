@@ -350,7 +350,7 @@ def test_hostile_shapes_are_refused_before_anything_is_computed() -> None:
     told = facts(height=10**9, width=10**9)
     whole = report()
     whole["cases"][1]["facts"] = told
-    assert any("none of this suite" in line for line in check(whole["realtime"], whole))
+    assert any("disagree on whether there was a timed run" in line for line in check(whole["realtime"], whole))
 
 
 @pytest.mark.parametrize(
@@ -480,3 +480,14 @@ def test_options() -> None:
     ):
         with pytest.raises(InputError):
             Options.of(wrong)
+
+
+@pytest.mark.parametrize("name", ["realtime_timed", "realtime_varied", "realtime_soak", "realtime_ceilings"])
+@pytest.mark.parametrize("wrong", [{}, {"setting": 3}, {"turns": 1, "told": {}}, {"chunks": None, "rows": [None]}])
+def test_whatever_a_worker_hands_back_fails_with_a_sentence(name: str, wrong: dict[str, Any]) -> None:
+    found = next(c for c in checks.CHECKS if c.name == name)
+    case = next(iter(found.cases("fp32")))
+    verdict = found.judge(case, Observation(facts=wrong), ROOT, References({}))
+    assert verdict.state == "fail"
+    assert verdict.reason
+    assert section([record(name, case.id, wrong)], {"device": None}) is None

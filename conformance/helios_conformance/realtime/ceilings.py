@@ -36,8 +36,11 @@ __all__ = ["KINDS", "VAE_DTYPE", "Shape", "decoder", "kind_of", "measure", "shap
 
 KINDS = ("linear", "attention", "conv3d", "copy")
 
-_MOST = {"linear": 3, "attention": 2, "conv3d": 2}
+_MOST = {"linear": 3, "attention": 2, "conv3d": 4}
 """Shapes of each kind, those with the most FLOPs of the model first."""
+
+LARGEST = 4 << 30
+"""Bytes of operands and result beyond which a shape is left out."""
 
 VAE_DTYPE = torch.float32
 """The VAE computes in it whatever the precision."""
@@ -88,12 +91,14 @@ def shapes(options: Options, variant: str, precision: str) -> list[Shape]:
     """The shapes of the size under test that have the most FLOPs, and a copy of its widest activation."""
     setting = setting_of(options, variant, precision)
     found: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
-    # Decoded latent by latent, as most devices do: one pass would take gigabytes for an activation.
-    for graph in (*stage_graphs(setting).values(), decoder(setting, 1)):
+    # Decoders are cut into groups of latents, as memory allows: the least group and the whole are both measured.
+    for graph in (*stage_graphs(setting).values(), decoder(setting, 1), decoder(setting)):
         for node in graph.nodes:
             if node.op in _MOST:
                 key = (node.op, tuple(None if x is None else _type(x) for x in node.inputs), node.attrs)
                 cost = op.cost(node)
+                if cost.bytes > LARGEST:
+                    continue
                 found[key][0] += cost.flops
                 found[key][1:] = [cost.flops, cost.bytes]
     made = []

@@ -10,6 +10,7 @@ from helios_conformance.draws import Root
 from helios_conformance.realtime import ceilings, soak, tied, timed, varied
 from helios_conformance.realtime.options import STEPS, Options
 from helios_conformance.realtime.scene import refusal
+from helios_conformance.realtime.summary import MALFORMED
 from helios_conformance.references import References
 from helios_conformance.session import Session
 
@@ -44,7 +45,11 @@ class _Level:
     def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
         if "not_run" in observation.facts:
             return Verdict("not_run", str(observation.facts["not_run"]))
-        return self.conclude(case, observation, root, references)
+        try:
+            return self.conclude(case, observation, root, references)
+        except MALFORMED as error:  # whoever shares the worker's process can write what it likes
+            why = f"what came back is no observation of this case: {type(error).__name__}: {error}"
+            return Verdict("fail", why[:500])
 
     def reference(self, case: Case, root: Root) -> Mapping[str, Errors]:
         return {}

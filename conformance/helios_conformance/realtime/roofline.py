@@ -101,8 +101,9 @@ def rows(
         seconds: of a steady chunk under the clock.
 
     Returns:
-        ``op``, ``flops``, ``bytes``, ``seconds``, ``share`` (predicted over measured; None without a ceiling) and
-        ``bound``; the slowest first, and last ``all`` of them against the chunk under the clock.
+        ``op``, ``flops``, ``bytes``, ``seconds``, ``share`` (predicted over measured; None without a ceiling, and for
+        views; above 1 where caches serve what is counted as memory) and ``bound``; the slowest first, and last ``all``
+        of them against the chunk under the clock.
     """
     times = {f"denoise.{i}": n for i, n in enumerate(steps)} | {"decode": 1}
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
@@ -125,6 +126,8 @@ def _row(
     compute = flops / rate if rate else 0.0
     memory = moved / width if width else 0.0
     predicted = max(compute, memory)
+    if op.get(name).kind == "move" and predicted > seconds:
+        predicted = 0.0  # a view: nothing was moved
     return {
         "op": name,
         "flops": int(flops),
@@ -132,7 +135,7 @@ def _row(
         "seconds": seconds,
         "predicted": predicted,
         "share": predicted / seconds if seconds > 0 and predicted else None,
-        "bound": kind if compute >= memory and flops else "copy",
+        "bound": (kind if compute >= memory and flops else "copy") if predicted else "",
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -130,8 +129,15 @@ class Scene:
         return self.pipeline.run(self.request(prompt, seed, steps, chunks), state)
 
 
-_open: weakref.WeakKeyDictionary[Backend, tuple[tuple[object, ...], Scene]] = weakref.WeakKeyDictionary()
-"""The scene in use on a backend: loading 14B takes minutes, and several cases film in the same one."""
+@dataclasses.dataclass(slots=True)
+class _Slot:
+    """The scene in use: loading 14B takes minutes, and several cases film in the same one. Never two at a time."""
+
+    key: tuple[object, ...] = ()
+    scene: Scene | None = None
+
+
+_slot = _Slot()
 
 
 def open_scene(session: Session, precision: str, variant: str) -> Scene:
@@ -141,12 +147,10 @@ def open_scene(session: Session, precision: str, variant: str) -> Scene:
         InputError: the weights alone are more than the device has free; no kernel has run then.
     """
     options = Options.of(session.options)
-    key = (session.root, session.model, session.fallback, precision, variant, options.size)
-    held = _open.get(session.backend)
-    if held is not None and held[0] == key:
-        return dataclasses.replace(held[1], options=options)
-    _open.pop(session.backend, None)  # never two copies of the weights
-    del held
+    key = (session.backend, session.root, session.model, session.fallback, precision, variant, options.size)
+    if _slot.scene is not None and _slot.key == key:
+        return dataclasses.replace(_slot.scene, options=options)
+    _slot.key, _slot.scene = (), None  # free the weights before others are loaded
     model = drawn_model(options.size, variant, session.root)
     if session.model is not None:
         model = folder_model(session.model, variant)
@@ -154,13 +158,13 @@ def open_scene(session: Session, precision: str, variant: str) -> Scene:
         raise InputError(why, ROOM)
     pipeline = Pipeline(model, session.backend, precision, session.fallback)
     scene = Scene(pipeline, options, "checkpoint" if session.model else "random")
-    _open[session.backend] = key, scene
+    _slot.key, _slot.scene = key, scene
     return scene
 
 
 def refusal(session: Session, precision: str, variant: str) -> str:
     """Why there can be no scene on this device, before anything has run; empty where there can."""
-    if session.model is not None or session.backend in _open:
+    if session.model is not None or session.backend in _slot.key:
         return ""
     model = drawn_model(Options.of(session.options).size, variant, session.root)
     why = _no_room(session.backend, model, session.dtype(precision))

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from helios.backend import Backend
 
-__all__ = ["Sensors", "device_bytes", "host_bytes"]
+__all__ = ["Sensors", "allocator_peak", "device_bytes", "host_bytes"]
 
 _NVIDIA = {
     "clocks.sm": "clock_mhz",
@@ -39,9 +41,18 @@ def device_bytes(backend: Backend) -> int | None:
     return None if told is None else told[1] - told[0]
 
 
-def _nvidia(index: int) -> dict[str, float]:
-    """One query of the driver's own tool."""
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(_NVIDIA)}", "--format=csv,noheader,nounits"]
+def allocator_peak(backend: Backend) -> int | None:
+    """The most bytes that torch's allocator had in use on the device; None where it has no such count."""
+    module = getattr(torch, backend.device.type, None)
+    count = getattr(module, "max_memory_allocated", None)
+    return int(count(backend.device)) if count is not None else None
+
+
+def _nvidia(device: torch.device) -> dict[str, float]:
+    """One query of the driver's own tool, of the device by its identity: numbers may mean other ones to torch."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", "")
+    which = f"GPU-{uuid}" if uuid else str(device.index or 0)
+    command = ["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(_NVIDIA)}", "--format=csv,noheader,nounits"]
     told = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
     return dict(zip(_NVIDIA.values(), (float(x) for x in told.strip().split(",")), strict=True))
 
@@ -62,7 +73,7 @@ def _host() -> dict[str, float]:
 
 def _reader(backend: Backend) -> tuple[str, Callable[[], dict[str, float]]] | None:
     if backend.device.type == "cuda" and shutil.which("nvidia-smi"):
-        return "nvidia-smi", lambda: _nvidia(backend.device.index or 0)
+        return "nvidia-smi", lambda: _nvidia(backend.device)
     if backend.device.type == "cpu" and Path("/proc/cpuinfo").exists():
         return "the host's own counters", _host
     return None

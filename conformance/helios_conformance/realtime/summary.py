@@ -6,13 +6,17 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from helios.errors import HeliosError
 from helios.pipeline.request import frames_of_chunks
 from helios_conformance.realtime import classes, clocks, roofline, soak, targets, varied
 from helios_conformance.realtime.film import SPLIT
 from helios_conformance.realtime.options import LEAST_CHUNKS, LEAST_SECONDS
 from helios_conformance.realtime.timed import LABEL
 
-__all__ = ["section", "shortcomings"]
+__all__ = ["MALFORMED", "REFUSED", "section", "shortcomings"]
+
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, HeliosError)
+"""What anything but this suite's own facts makes the reading of them raise."""
 
 REFUSED = "refused"
 """The class of a run whose case did not pass: its figures may not stand."""
@@ -58,7 +62,10 @@ def _device(backend: Mapping[str, Any]) -> str:
 def _first(found: Sequence[Mapping[str, Any]], make: Any, needed: str) -> dict[str, Any] | None:
     """The summary of the first record that has what it needs, with its state."""
     for one in found:
-        made = make(one["facts"]) if needed in one["facts"] else None
+        try:
+            made = make(one["facts"]) if needed in one["facts"] else None
+        except MALFORMED:
+            made = None
         if made is not None:
             return {"case": one["id"], "state": one["state"], **made}
     return None
@@ -71,6 +78,19 @@ def _run(
     heard = clocks.heard(facts.get("told"), LABEL)
     if heard is None or "setting" not in facts:
         return None
+    try:
+        return _made(one, heard, backend, ceilings)
+    except MALFORMED:  # whoever shares the worker's process can write what it likes; what it wrote is no run
+        return None
+
+
+def _made(
+    one: Mapping[str, Any],
+    heard: clocks.Heard,
+    backend: Mapping[str, Any],
+    ceilings: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    facts = one["facts"]
     shots, setting = facts["chunks"], facts["setting"]
     run = {"case": one["id"], "state": one["state"], **setting}
     run |= {"chunks": len(heard.arrivals), "seconds": heard.seconds, "warmup": facts["warmup"]}
@@ -138,7 +158,7 @@ def shortcomings(told: Mapping[str, Any] | None) -> list[str]:
         found = [f"{run['case']}: {line}" for run in told["runs"] for line in _short(run)]
         found += [] if told["varied"] is not None else ["repeated and varied prompts were not compared"]
         return found + ([] if told["ceilings"] else ["no ceiling was measured"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except MALFORMED:
         return ["the section on real time is malformed"]
 
 

@@ -12,7 +12,7 @@ from helios_conformance.draws import Root
 from helios_conformance.realtime import classes, clocks, golden, roofline, tied
 from helios_conformance.realtime.film import KEPT, Reel, film, looks
 from helios_conformance.realtime.scene import Scene, open_scene, prompt_of, seed_of
-from helios_conformance.realtime.sensors import Sensors, device_bytes, host_bytes
+from helios_conformance.realtime.sensors import Sensors, allocator_peak, device_bytes, host_bytes
 from helios_conformance.references import References
 from helios_conformance.selection import digest
 from helios_conformance.session import Session
@@ -121,12 +121,13 @@ def _drain(session: Session, scene: Scene, steps: Sequence[int]) -> float:
 
 
 def _memory(session: Session, reel: Reel) -> dict[str, Any]:
-    """The most of host and device memory that was seen, in bytes; None where nobody tells."""
+    """The most of host and device memory that was seen, and of torch's allocator, in bytes; None where nobody tells."""
     hosts = [s["rss"] for s in reel.shots if s["rss"] is not None]
     devices = [s["device"] for s in reel.shots if s["device"] is not None]
     now = [x for x in (host_bytes(),) if x is not None]
     used = [x for x in (device_bytes(session.backend),) if x is not None]
-    return {"host": max([*hosts, *now], default=None), "device": max([*devices, *used], default=None)}
+    told = {"host": max([*hosts, *now], default=None), "device": max([*devices, *used], default=None)}
+    return told | {"allocator": allocator_peak(session.backend)}
 
 
 def judge(case: Case, observation: Observation, root: Root, references: References) -> Verdict:
