@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,11 +35,15 @@ _PAD = 3
 _LARGEST_DIRTY = 1 << 26
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
+def _cycle() -> npt.NDArray[np.uint8]:
+    place = np.arange(13 << 11)
+    return np.where(place % 2, 0xFF, 0xF1 + place // 2 % 13).astype(np.uint8)
+
+
 def _pattern(size: int) -> Tensor:
     """Bytes that read as NaN in every floating dtype, and differ from place to place."""
-    place = np.arange(size) // 2
-    return torch.from_numpy(np.where(np.arange(size) % 2, 0xFF, 0xF1 + place % 13).astype(np.uint8))
+    return torch.from_numpy(np.tile(_cycle(), -(-size // len(_cycle())))[:size])
 
 
 def _strides(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
@@ -77,7 +82,7 @@ class Guarded:
         """A copy of a host tensor on the device."""
         strides, size = _strides(host.shape, layout), host.element_size()
         start = GUARD // size + (layout != "contiguous")
-        image = _pattern((start + _reach(host.shape, strides)) * size + GUARD).clone()
+        image = _pattern((start + _reach(host.shape, strides)) * size + GUARD)
         _inside(image, host, strides, start).copy_(host)
         buffer = image.to(device, copy=True)
         return Guarded(_inside(buffer, host, strides, start), buffer, image)
