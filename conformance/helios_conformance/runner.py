@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import os
 import re
 import time
@@ -19,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from helios.backend import parse_spec
 from helios.errors import InputError, unknown_name
@@ -160,33 +160,38 @@ def check_filters(filters: Sequence[str], precision: str = "") -> None:
 
 
 class Desk:
-    """Where observations are judged: one thread, with the cores that the worker leaves."""
+    """Where observations are judged and entered, in order: one thread, with the cores that the worker leaves.
 
-    def __init__(self, root: Root, references: References, threads: int) -> None:
-        self._root, self._references = root, references
+    Args:
+        root, references: what judging needs.
+        threads: of the arithmetic.
+        books: where finished cases go.
+    """
+
+    def __init__(self, root: Root, references: References, threads: int, books: Books) -> None:
+        self._root, self._references, self._books = root, references, books
         # The number of threads of torch is each thread's own.
         self._thread = ThreadPoolExecutor(1, "judge", torch.set_num_threads, (threads,))
+        self._waiting: collections.deque[Future[None]] = collections.deque()
 
-    def take(self, case: Case, observation: Observation, seconds: float) -> Pending:
-        future = self._thread.submit(judged, case, observation, self._root, self._references)
-        return Pending(case, observation, seconds, future)
+    def take(self, case: Case, observation: Observation, seconds: float) -> None:
+        """Put it in the line. Waits while the line is long; raises what an earlier entry raised (a full disk, say)."""
+        self.drain(_AHEAD)
+        self._waiting.append(self._thread.submit(self._finish, case, observation, seconds))
+
+    def _finish(self, case: Case, observation: Observation, seconds: float) -> None:
+        verdict = judged(case, observation, self._root, self._references)
+        self._books.enter(record(case, observation, verdict, seconds), tensors_of(case.id, observation))
+
+    def drain(self, left: int = 0) -> None:
+        """Wait until only so many are in the line."""
+        while len(self._waiting) > left:
+            self._waiting.popleft().result()
 
     def close(self) -> None:
-        """Drop what waits; what is being judged ends by itself."""
+        """What the device has computed is judged still, for a while; the rest is dropped."""
+        futures.wait(self._waiting, GRACE)
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Pending:
-    """An observation on its way to a verdict."""
-
-    case: Case
-    observation: Observation
-    seconds: float
-    verdict: Future[Verdict]
-
-    def record(self) -> dict[str, Any]:
-        return record(self.case, self.observation, self.verdict.result(), self.seconds)
 
 
 def precision_of(filters: Sequence[str]) -> str:
@@ -225,19 +230,17 @@ class Runner:
         """
         folder, about = self._folder()
         threads = split_cores()
+        done = {i: told for i, told in folder.records().items() if told["state"] != "not_run"}
         crew = Crew(self.setup, threads[0], self.watcher)
-        desk = Desk(self.setup.root, self.references, threads[1])
+        desk = Desk(self.setup.root, self.references, threads[1], Books(folder, done, self.watcher))
         try:
             problem = self._meet(crew, about)
             folder.note(about)
-            done = {i: told for i, told in folder.records().items() if told["state"] != "not_run"}
             cases = self._begin(about["backend"], done)
-            problem = self._work(
-                [c for c in cases if c.id not in done], _Books(folder, done, self.watcher), crew, desk, problem
-            )
+            problem = self._work([case for case in cases if case.id not in done], crew, desk, problem)
         finally:
-            desk.close()
             crew.stop()
+            desk.close()
             _count(about, crew)
             folder.note(about)
         records, backend = in_order(cases, done), about["backend"]
@@ -291,42 +294,31 @@ class Runner:
             self.watcher.finished(told)
         return cases
 
-    def _work(self, todo: Sequence[Case], books: _Books, crew: Crew, desk: Desk, problem: str) -> str:
-        """Run the cases, one ahead of their judgement; why it ended early, or ""."""
-        waiting: collections.deque[Pending] = collections.deque()
-        try:
-            for case in todo:
-                self.watcher.at(case)
-                if case.level == "realtime":  # what is timed shares the host with no judgement
-                    books.enter(waiting, 0)
-                observation, seconds, problem = _observed(case, crew, problem)
-                waiting.append(desk.take(case, observation, seconds))
-                books.enter(waiting, _AHEAD)
-            books.enter(waiting, 0)
-        except KeyboardInterrupt:
-            crew.stop()
-            futures.wait([p.verdict for p in waiting], GRACE)
-            books.enter(collections.deque(itertools.takewhile(lambda p: p.verdict.done(), waiting)), 0)
-            raise
+    def _work(self, todo: Sequence[Case], crew: Crew, desk: Desk, problem: str) -> str:
+        """Run the cases, ahead of their judgement; why it ended early, or ""."""
+        for case in todo:
+            self.watcher.at(case)
+            if case.level == "realtime":  # what is timed shares the host with no judgement
+                desk.drain()
+            observation, seconds, problem = _observed(case, crew, problem)
+            desk.take(case, observation, seconds)
+        desk.drain()
         return problem
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Books:
-    """Where finished cases are entered, in order."""
+class Books:
+    """Where finished cases are entered."""
 
     folder: RunFolder
     done: dict[str, dict[str, Any]]
     watcher: Watcher
 
-    def enter(self, waiting: collections.deque[Pending], left: int) -> None:
-        """Enter the first of those that wait until only so many are left."""
-        while len(waiting) > left:
-            told = waiting[0].record()
-            self.folder.add(told, tensors_of(told["id"], waiting[0].observation))
-            self.done[told["id"]] = told
-            waiting.popleft()  # not before: an interrupt enters once more what still waits
-            self.watcher.finished(told)
+    def enter(self, told: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """On the disk first."""
+        self.folder.add(told, tensors)
+        self.done[told["id"]] = told
+        self.watcher.finished(told)
 
 
 def _observed(case: Case, crew: Crew, problem: str) -> tuple[Observation, float, str]:

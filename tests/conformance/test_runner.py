@@ -211,7 +211,7 @@ def test_a_device_that_goes_away_ends_the_run(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.usefixtures("here")
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    filters = ["add[fp32,*]", "silu[fp32,*]", "gelu[fp32,small]"]
+    filters = ["add[fp32,small]", "add[fp32,odd]", "silu[fp32,small]", "silu[fp32,odd]", "gelu[fp32,small]"]
     with pytest.raises(KeyboardInterrupt):
         Runner(setup("right", out, filters), Notes(stop_at=3)).run()
     about = json.loads((out / "run.json").read_text())
@@ -233,7 +233,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_another_device_is_not_resumed_with(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        Runner(setup("right", out, ["add[fp32,*]"]), Notes(stop_at=1)).run()
+        Runner(setup("right", out, ["add[fp32,small]", "add[fp32,odd]"]), Notes(stop_at=1)).run()
     about = json.loads((out / "run.json").read_text())
     about["backend"]["device"]["name"] = "another"
     (out / "run.json").write_text(json.dumps(about))
@@ -320,7 +320,7 @@ def test_what_cannot_be_judged_has_not_passed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(type(next(c for c in CHECKS if c.name == case.check)), "judge", judge)
     verdict = judged(case, Observation(), Root(), committed())
     assert verdict.state == "fail"
-    assert "cannot be judged: KeyError: 'o1'" in verdict.reason
+    assert "cannot be judged: KeyError: o1" in verdict.reason
 
 
 def test_losses_without_end_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
