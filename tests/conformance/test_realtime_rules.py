@@ -6,21 +6,27 @@ import copy
 import functools
 import hashlib
 import json
+import time
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from helios.errors import InputError
 from helios.fit import devices
 from helios_conformance.case import Observation
 from helios_conformance.draws import Root
 from helios_conformance.realtime import (
+    ceilings,
     check,
     checks,
     classes,
     clocks,
+    roofline,
     section,
+    sensors,
     shortcomings,
     soak,
     targets,
@@ -465,6 +471,51 @@ def test_the_parent_hears_a_video_only_in_order() -> None:
     assert clocks.heard([*lines, lines[0]], "timed") is None  # nothing begins twice
     assert clocks.heard([[float("nan"), lines[0][1]], *lines[1:]], "timed") is None
     assert clocks.heard("told", "timed") is None
+
+
+def test_ceilings_stand_on_the_shapes_of_the_published_size() -> None:
+    found = ceilings.shapes(Options(), "distilled", "bf16")
+    named = {(s.what, str(s)) for s in found}
+    assert ("linear", "1×11040×5120 · 13824×5120 bfloat16") in named
+    assert ("attention", "1×11040×40×128 bfloat16") in named
+    assert {s.what for s in found} == set(ceilings.KINDS)
+    assert {s.dtype for s in found if s.what == "conv3d"} == {"float32"}
+    assert all(s.moved >= 128 << 20 for s in found if s.what == "copy")
+    assert all(s.moved <= ceilings.LARGEST for s in found)
+
+
+def test_what_a_chunk_costs_is_counted_from_the_shapes_alone() -> None:
+    flops = roofline.chunk_flops("14b", "distilled", 384, 640, 512, (1, 1, 1))
+    assert {kind: round(n / 1e12) for kind, n in flops.items()} == {"linear": 410, "attention": 128, "conv3d": 69}
+    least = roofline.least_seconds(flops, CEILINGS)
+    assert least == pytest.approx(410.3e12 / 7.5e14 + 128.0e12 / 6e14 + 69.0e12 / 3e14, rel=1e-3)
+    with pytest.raises(InputError):
+        roofline.chunk_flops("14b", "distilled", 384, 640, 512, (1, 1))
+
+
+def test_the_drivers_tool_is_read_as_far_as_it_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda: Any = types.SimpleNamespace(device=torch.device("cuda", 1))
+    asked: list[list[str]] = []
+
+    def answer(command: list[str], **how: Any) -> Any:
+        asked.append(command)
+        return types.SimpleNamespace(stdout="1980, 2619, [N/A], 61\n")
+
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("subprocess.run", answer)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: types.SimpleNamespace(uuid="ab-12"))
+    with sensors.Sensors(cuda, period=0.01) as watched:
+        time.sleep(0.1)
+    told = watched.told()
+    assert told is not None
+    assert asked[0][1] == "--id=GPU-ab-12"
+    assert told["clock_mhz"] == {"first": 1980.0, "last": 1980.0, "min": 1980.0, "mean": 1980.0, "max": 1980.0}
+    assert told["temperature_c"]["max"] == 61.0
+    assert "power_w" not in told
+    monkeypatch.setattr("subprocess.run", lambda command, **how: 1 / 0)
+    with sensors.Sensors(cuda) as broken:
+        pass
+    assert broken.told() is None
 
 
 def test_options() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import statistics
 import subprocess
@@ -54,7 +55,16 @@ def _nvidia(device: torch.device) -> dict[str, float]:
     which = f"GPU-{uuid}" if uuid else str(device.index or 0)
     command = ["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(_NVIDIA)}", "--format=csv,noheader,nounits"]
     told = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
-    return dict(zip(_NVIDIA.values(), (float(x) for x in told.strip().split(",")), strict=True))
+    return _numbers(dict(zip(_NVIDIA.values(), told.strip().split(","), strict=True)))
+
+
+def _numbers(texts: Mapping[str, str]) -> dict[str, float]:
+    """Those that are numbers: a card that does not measure something says ``[N/A]``."""
+    found: dict[str, float] = {}
+    for name, text in texts.items():
+        with contextlib.suppress(ValueError):
+            found[name] = float(text)
+    return found
 
 
 def _host() -> dict[str, float]:
@@ -108,8 +118,8 @@ class Sensors:
         while True:
             try:
                 self._rows.append(self._reader[1]())
-            except (OSError, ValueError, subprocess.SubprocessError):
-                return  # a sensor that cannot be read is no failure of the device
+            except Exception:  # whatever a driver's tool does: a sensor that cannot be read is no failure of the device
+                return
             if self._stop.wait(self._period):
                 return
 
