@@ -145,3 +145,19 @@ def test_a_second_party_reproduces(
     signing.sign(again, keys["lab"])
     assert main([*command, "--reproduced", str(again)]) == 0
     assert "reproduced; signed by vendor@example.org" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_a_run_signs_its_bundle(keys: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the first command to the last: run, sign, verify as witness, compare."""
+    out, nonce = tmp_path / "out", "5f3a5f3a"
+    command = ["certify", "--backend", "reference", "--filter", "add[bf16,small]", "--nonce", nonce, "--out", str(out)]
+    assert main([*command, "--sign", str(tmp_path / "none")]) == 2
+    assert not out.exists()
+    assert main([*command, "--sign", str(keys["vendor"])]) == 0
+    capsys.readouterr()
+    key = keys["vendor"].with_suffix(".pub")
+    assert main(["verify", str(out), "--challenge", nonce, "--signer", str(key)]) == 0
+    assert "witnessed; signed by SHA256:" in " ".join(capsys.readouterr().out.split())
+    assert main(["verify", str(out), "--signer", str(keys["stranger"].with_suffix(".pub"))]) == 1
+    assert main(["compare", str(out), str(out)]) == 0

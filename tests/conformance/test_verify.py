@@ -16,6 +16,7 @@ import torch
 from helios.cli import main
 from helios.errors import InputError
 from helios_conformance import manifest, references, suite, verify
+from helios_conformance.contradictions import contradictions
 
 
 def test_a_bundle_of_a_right_backend_is_certified_and_accepted(closed: Any, tmp_path: Path) -> None:
@@ -354,3 +355,37 @@ def test_another_precision_of_references_is_refused(closed: Any, tmp_path: Path)
 def test_the_suite_of_a_bundle_is_the_installed_one(closed: Any) -> None:
     assert closed.report()["suite"]["hash"] == suite.suite_hash()
     assert torch.is_tensor(next(iter(closed.tensors.values())))
+
+
+def test_what_realtime_finds_refuses_the_bundle(closed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A speed above its ceilings, say; the rules themselves are tested with the level."""
+    asked: list[Any] = []
+
+    def check(section: Any, told: Any) -> list[str]:
+        asked.append((section, told["cases"][0]["id"]))
+        return ["99 FPS are above what the measured ceilings allow"]
+
+    monkeypatch.setattr(verify.realtime, "check", check)
+    assert "realtime: 99 FPS are above" in closed.refusals(closed.write(tmp_path / "b"))
+    assert asked == [(None, closed.cases[0].id)]
+
+
+def test_weights_of_the_published_size_need_their_memory(closed: Any) -> None:
+    told = closed.report() | {"realtime": {"size": "14b"}}
+    told["suite"]["levels"] = told["scope"]["levels"] = ["ops", "blocks", "model", "pipeline", "realtime"]
+    told["backend"]["device"]["memory"] = 24_000_000_000
+    assert [where for where, _ in contradictions(told)] == ["backend.device.memory"]
+    told["backend"]["device"]["memory"] = 80_000_000_000
+    assert contradictions(told) == []
+
+
+def test_outputs_beyond_what_the_records_name_are_not_read(closed: Any, tmp_path: Path) -> None:
+    folder = closed.write(tmp_path / "b")
+    os.truncate(folder / "outputs" / "ops.safetensors", 1 << 29)  # sparse
+    told = json.loads((folder / manifest.MANIFEST).read_text())
+    told["files"]["outputs/ops.safetensors"]["bytes"] = 1 << 29
+    (folder / manifest.MANIFEST).write_text(json.dumps(told))
+    found = closed.refusals(folder)
+    assert "outputs/ops.safetensors: its SHA-256 is not" in found
+    closed.seal(folder)
+    assert "outputs/ops.safetensors: 536,870,912 bytes; at most" in closed.refusals(folder)

@@ -78,6 +78,12 @@ Sign = Annotated[
     Path | None,
     typer.Option(metavar="KEY", help="Sign the evidence with this SSH key (ssh-keygen -Y).", show_default=False),
 ]
+Results = Annotated[
+    Path | None,
+    typer.Option(
+        "--from-results", metavar="DIR", help="Judge what came back into an exported folder.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")]
 
 
@@ -100,6 +106,7 @@ def certify(
     soak: Soak = None,
     set_: Set = None,
     sign: Sign = None,
+    from_results: Results = None,
     json: Json = False,
 ) -> None:
     """Judge a backend by the conformance suite and keep the evidence.
@@ -256,10 +263,6 @@ def _run(setup: Setup, sign: Path | None, *, resume: bool, json: bool) -> int:
         with progress:
             result = Runner(setup, progress, resume).run()
         report, verdict = _bundle(result)
-        if sign is not None:
-            from helios_conformance import signing
-
-            signing.sign(report.parent, sign)
     except KeyboardInterrupt:
         output.fail(
             f"interrupted after {output.count(progress.done, 'case')}",
@@ -269,8 +272,23 @@ def _run(setup: Setup, sign: Path | None, *, resume: bool, json: bool) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     _tell(result, report, verdict, json=json)
+    if sign is not None:  # last: a key that is refused must not hide the verdict
+        from helios_conformance import signing
+
+        signing.sign(report.parent, sign)
     from helios_conformance.verdict import exit_code
 
+    return exit_code(verdict)
+
+
+def _imported(folder: Path, out: Path | None, *, json: bool) -> int:
+    """Judge results that came as files; everything else was decided when their cases were exported."""
+    from helios_conformance import imported
+    from helios_conformance.verdict import exit_code
+
+    result = imported.run(folder, out or _folder("imported"))
+    report, verdict = _bundle(result)
+    _tell(result, report, verdict, json=json)
     return exit_code(verdict)
 
 
