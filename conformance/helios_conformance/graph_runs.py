@@ -179,20 +179,22 @@ def _misshapen(kept: Kept, wanted: TensorType) -> str:
 
 
 def keep(root: Root, case: Case, name: str, output: Tensor, share: int) -> Kept:
-    """What is kept of one of ``share`` outputs; the frames of a video count as rows."""
-    return selection.keep(root, case.id, name, output, _layout(output.ndim), share=share)
+    """What is kept of one of ``share`` outputs."""
+    return selection.keep(root, case.id, name, output, _layout(output.ndim, share), share=share)
 
 
 def chosen_of(root: Root, case: Case, name: str, kept: Kept, oracle: Tensor, share: int) -> Tensor:
     """Of the oracle's whole output the elements that ``keep`` kept of the device's."""
-    layout = _layout(oracle.ndim)
+    layout = _layout(oracle.ndim, share)
     told = (kept.shape, kept.values.dtype, kept.digest)
     chosen = selection.selection(root, case.id, name, *told, layout, share=share)
     return chosen.take(selection.as_matrix(oracle, layout))
 
 
-def _layout(ndim: int) -> selection.Layout:
-    return selection.Layout(3 if ndim == 5 else None)
+def _layout(ndim: int, share: int) -> selection.Layout:
+    """Latents and videos in rows of a frame; of a channel where many share the room: a selection takes some of every
+    64 rows."""
+    return selection.Layout((3 if share <= 12 else 2) if ndim == 5 else None)
 
 
 def wanted_of(scene: Scene, calls: tuple[Call, ...], dtype: torch.dtype) -> dict[str, Wanted]:

@@ -50,8 +50,8 @@ def trajectories() -> Mapping[str, Trajectory]:
         "tiny,distilled_batch2": Trajectory("steps", tiny, "distilled", 8, 8, (1, 1, 1), chunks=2, batch=2),
         "tiny,mid": Trajectory("steps", tiny, "mid", 8, 8, (2, 2, 2), chunks=2),
         "tiny,base": Trajectory("steps", tiny, "base", 4, 6, (4,), chunks=2),
-        "tiny,base_50": Trajectory("steps", tiny, "base", 4, 6, (50,)),
-        "tiny,mid_20": Trajectory("steps", tiny, "mid", 8, 8, (20, 20, 20)),
+        "tiny,base_20": Trajectory("steps", tiny, "base", 4, 6, (20,)),
+        "tiny,mid_6": Trajectory("steps", tiny, "mid", 8, 8, (6, 6, 6)),
         "mini,distilled": Trajectory("steps", mini, "distilled", 8, 8, (1, 1, 1), chunks=2, tokens=64),
         "mini,mid": Trajectory("steps", mini, "mid", 8, 8, (1, 1, 1), tokens=64),
     }
@@ -79,7 +79,7 @@ class Trajectories(SceneCheck):
 
     def cases(self, precision: str) -> Iterator[Case]:
         for key in trajectories():
-            suite = "full" if key.startswith("mini") or key.endswith("0") else "quick"
+            suite = "full" if key.startswith("mini") or key in ("tiny,base_20", "tiny,mid_6") else "quick"
             params = {"scene": key}
             yield Case(f"steps[{precision},{key}]", "model", self.name, precision, params, suite, timeout=600.0)  # type: ignore[arg-type]
 
