@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Mapping
 
 from helios.errors import UnsupportedNode
-from helios_conformance import checks
+from helios_conformance import checks, portable
 from helios_conformance.case import Case, Observation, State, Verdict
 from helios_conformance.draws import Root
 from helios_conformance.references import References
@@ -39,6 +39,8 @@ def judge(case: Case, observation: Observation, root: Root, references: Referenc
             return Verdict(state, observation.facts[fact])
     if "error" in observation.facts:
         return Verdict("fail", f"the backend raised {observation.facts['error']}")
+    if portable.IMPORTED in observation.facts:
+        return portable.judge(case, observation, root, references)
     return checks.get(case.check).judge(case, observation, root, references)
 
 

@@ -8,8 +8,9 @@ import typer
 
 from helios.cli import output
 from helios.cli.options import JsonOption
+from helios_conformance.cli import export
 
-__all__ = ["app", "listing"]
+__all__ = ["app", "chosen", "listing"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,7 +35,7 @@ def listing(
     json: JsonOption = False,
 ) -> None:
     """List the cases: ids that --filter of certify takes."""
-    found = _chosen(level, suite, precision, filters or [])
+    found = chosen(level, suite, precision, filters or [])
     if json:
         output.print_json([_told(case) for case in found])
         return
@@ -43,7 +44,7 @@ def listing(
     output.note(output.count(len(found), "case"))
 
 
-def _chosen(level: str, suite: str, precision: str | None, filters: list[str]) -> list[Any]:
+def chosen(level: str, suite: str, precision: str | None, filters: list[str]) -> list[Any]:
     """Cases in run order. Raises InputError for names that nobody knows."""
     from helios.errors import InputError, unknown_name
     from helios_conformance.case import LEVELS, PRECISIONS, SUITES
@@ -68,3 +69,6 @@ def _told(case: Any) -> dict[str, Any]:
     import dataclasses
 
     return dataclasses.asdict(case)
+
+
+app.command("export", epilog=export.EXAMPLES)(export.export)

@@ -116,6 +116,8 @@ def certify(
     chosen = filters or []
     if sign is not None and not sign.is_file():
         raise InputError(f"there is no key {sign}", "ssh-keygen -t ed25519 makes one")
+    if from_results is not None:
+        raise typer.Exit(_imported(from_results, out, sign, json=json))
     if resume:
         setup = _resumed(out, backend)
     else:
@@ -271,25 +273,27 @@ def _run(setup: Setup, sign: Path | None, *, resume: bool, json: bool) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+    return _end(result, report, verdict, sign, json=json)
+
+
+def _end(result: RunResult, report: Path, verdict: Mapping[str, Any], sign: Path | None, *, json: bool) -> int:
+    """Tell the verdict, then sign; the exit status."""
+    from helios_conformance.verdict import exit_code
+
     _tell(result, report, verdict, json=json)
     if sign is not None:  # last: a key that is refused must not hide the verdict
         from helios_conformance import signing
 
         signing.sign(report.parent, sign)
-    from helios_conformance.verdict import exit_code
-
     return exit_code(verdict)
 
 
-def _imported(folder: Path, out: Path | None, *, json: bool) -> int:
+def _imported(folder: Path, out: Path | None, sign: Path | None, *, json: bool) -> int:
     """Judge results that came as files; everything else was decided when their cases were exported."""
     from helios_conformance import imported
-    from helios_conformance.verdict import exit_code
 
     result = imported.run(folder, out or _folder("imported"))
-    report, verdict = _bundle(result)
-    _tell(result, report, verdict, json=json)
-    return exit_code(verdict)
+    return _end(result, *_bundle(result), sign, json=json)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
