@@ -135,6 +135,7 @@ def _qk_samples() -> list[Sample]:
         w = Arg((h * d,), offset=1.0, scale=0.1)
         return Sample(name, (q, k, w, w, Arg((s, d // 2, 2), "table", dtype=F32)), {"heads": h}, big)
 
+    ones, flat = Arg((1, 65, 256), offset=1.0, scale=0.0), Arg((256,), offset=1.0, scale=0.0)
     return [
         case("small", 5, 5, 2, 12),
         case("batch", 5, 5, 2, 12, b=2),
@@ -142,6 +143,8 @@ def _qk_samples() -> list[Sample]:
         case("tiny", 9, 9, 3, 6, "tiny"),
         case("outliers", 17, 17, 12, 128, "outliers"),
         case("long", LONG, LONG, 2, 8),
+        # What is turned is exact in every dtype, so that nothing hides the table's own rounding.
+        Sample("ones", (ones, ones, flat, flat, Arg((65, 64, 2), "table", dtype=F32)), {"heads": 2}),
         *(case(n, s, s, 40, 128, "outliers", True) for n, (s, _) in TOKENS.items()),
         case("last_block", 8640, 11040, 40, 128, "outliers", True),
     ]

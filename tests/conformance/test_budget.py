@@ -1,0 +1,179 @@
+"""The error budget: right ways of computing pass, wrong ones fail, each statistic for what it is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from helios import op
+from helios_conformance import budget, terms
+from helios_conformance.budget import Errors, bounds, directions, exact, exceeded, measure, rounds_once, unit
+from helios_conformance.one_node import types_of
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+
+
+def script(name: str) -> ModuleType:
+    """``tools`` is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+budget_margins = script("budget_margins")
+WAYS = list(budget_margins.ways())
+
+
+def label(way: Any) -> str:
+    return f"{way.name}-{way.case}".replace(" ", "_").replace(",", "")
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if w.right], ids=label)
+def test_a_right_way_is_within_its_budget(way: Any) -> None:
+    assert all(ratio <= 1.0 for ratio in budget_margins.margins(way, seeds=3).values())
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if not w.right], ids=label)
+def test_a_wrong_way_is_seen_in_every_draw(way: Any) -> None:
+    assert max(budget_margins.margins(way, seeds=3).values()) > 1.0
+
+
+def test_both_sides_are_there() -> None:
+    assert sum(w.right for w in WAYS) >= 10
+    assert sum(not w.right for w in WAYS) >= 20
+
+
+def test_measure_of_known_errors() -> None:
+    oracle = torch.tensor([3.0, -4.0], dtype=F64)
+    errors = measure(torch.tensor([3.3, -4.4], dtype=F32), oracle)
+    assert errors.norm == pytest.approx(0.1, rel=1e-6)
+    assert errors.worst == pytest.approx(0.4 / math.sqrt(12.5), rel=1e-6)
+    assert errors.gain == pytest.approx(0.1, rel=1e-6)
+    assert (errors.misrounded, errors.count) == (1.0, 2)
+    assert measure(torch.tensor([2.7, -3.6], dtype=F32), oracle).gain == pytest.approx(-0.1, rel=1e-6)
+
+
+def test_rounding_to_nearest_is_no_misrounding() -> None:
+    x = torch.randn(4000, dtype=F64, generator=torch.Generator().manual_seed(0))
+    errors = measure(x.to(BF16), x)
+    assert errors.misrounded == 0.0
+    assert 0.37 < errors.norm / unit(BF16) < 0.58
+    dropped = measure(budget_margins.truncated(x.float()), x)
+    assert dropped.norm > 1.8 * errors.norm
+    assert dropped.gain / unit(BF16) == pytest.approx(-0.72, abs=0.04)
+
+
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+def test_a_result_that_is_not_finite_is_beyond_every_bound(wrong: float) -> None:
+    oracle = torch.ones(4, dtype=F64)
+    errors = measure(torch.tensor([1.0, wrong, 1.0, 1.0]), oracle)
+    assert len(exceeded(errors, Errors(9e9, 9e9, 9e9, 0.9, 4))) == 4
+
+
+def test_what_the_oracle_has_not_finite_is_left_out() -> None:
+    errors = measure(torch.tensor([1.0, 7.0]), torch.tensor([1.0, math.inf], dtype=F64))
+    assert (errors.norm, errors.count) == (0.0, 1)
+    assert measure(torch.tensor([7.0]), torch.tensor([math.nan], dtype=F64)) == budget.NONE
+
+
+def test_an_oracle_of_zeros_allows_no_other_number() -> None:
+    zeros = torch.zeros(3, dtype=F64)
+    assert measure(torch.zeros(3), zeros).norm == 0.0
+    assert measure(torch.tensor([0.0, 1e-30, 0.0]), zeros).norm == math.inf
+
+
+def test_bounds_have_their_floors() -> None:
+    perfect = Errors(0.0, 0.0, 0.0, 0.0, 100)
+    low = bounds("round", BF16, 1, 10**8, perfect)
+    assert (low.norm, low.worst) == (0.6 * 2**-8, 5 * 2**-8)
+    assert low.gain == pytest.approx(2**-8 / 8, rel=0.01)
+    wide = bounds("reduce", F32, 100, 10**8, perfect)
+    assert (wide.norm, wide.worst) == (10 * 2**-24, 50 * 2**-24)
+
+
+def test_bounds_follow_the_reference() -> None:
+    often, seldom = (Errors(0.01, 0.5, 1e-4, part, 100) for part in (0.3, 0.0))
+    assert bounds("round", BF16, 1, 100, seldom).norm == pytest.approx(0.0115)
+    assert bounds("round", BF16, 1, 100, often).norm == pytest.approx(0.015)
+    assert bounds("reduce", BF16, 1, 100, seldom).norm == pytest.approx(0.015)
+    assert bounds("reduce", BF16, 1, 100, seldom).worst == pytest.approx(1.0)
+    assert bounds("reduce", BF16, 1, 100, often).misrounded == 1.0
+    assert bounds("reduce", BF16, 1, 10**8, seldom).misrounded == pytest.approx(0.05, abs=1e-4)
+    assert rounds_once(seldom)
+    assert not rounds_once(often)
+
+
+def test_a_few_large_elements_decide_the_gain() -> None:
+    assert directions(torch.ones(500, dtype=F64)) == pytest.approx(500)
+    peaks = torch.ones(1000, dtype=F64)
+    peaks[:10] = 1e6
+    assert directions(peaks) == pytest.approx(10, rel=1e-3)
+    assert directions(torch.zeros(5, dtype=F64)) == 1.0
+    few, many = (bounds("reduce", F32, 4, 1000, budget.NONE, along).gain for along in (10.0, 1000.0))
+    assert few == pytest.approx(2**-24 / 8 + 4 * 2 * 2**-24 / math.sqrt(10))
+    assert many < few
+
+
+def test_a_statistic_beyond_its_bound_is_named() -> None:
+    allowed = Errors(1.0, 1.0, 1.0, 0.5, 10)
+    assert exceeded(Errors(1.0, 1.0, -1.0, 0.5, 10), allowed) == []
+    assert "norm" in exceeded(Errors(1.1, 0.0, 0.0, 0.0, 10), allowed)[0]
+    assert "gain" in exceeded(Errors(0.0, 0.0, -1.1, 0.0, 10), allowed)[0]
+    assert exceeded(Errors(math.nan, 0.0, 0.0, 0.0, 10), allowed)
+
+
+def test_exact_is_exact() -> None:
+    x = torch.tensor([1.0, math.nan, -0.0])
+    assert exact(x, x.clone())
+    assert not exact(x, x.double())
+    assert not exact(x, x[:2])
+    assert not exact(x, torch.tensor([1.0, 2.0, 0.0]))
+    assert not exact(x, torch.nextafter(x, torch.tensor(9.0)))
+    assert exact(torch.tensor([1, 2]), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("name", [n for n in op.names() if op.get(n).kind in ("reduce", "fused")])
+def test_every_sum_has_its_length(name: str) -> None:
+    """A reduction has an entry; a fused op gets the longest of its composition."""
+    record = op.get(name)
+    if record.kind == "reduce":
+        assert name in terms.LONGEST
+    for sample in record.samples():
+        if not sample.big:
+            made = sample.make(F32)
+            k = terms.of_tensors(record, made, sample.attrs)
+            assert k > 1 or name == "unipc_step"  # a composition of elementwise steps
+            assert k == terms.terms(record, types_of(made), sample.attrs)
+
+
+def test_lengths_of_known_sums() -> None:
+    def longest(name: str, case: str) -> int:
+        record = op.get(name)
+        sample = next(s for s in record.samples() if s.name == case)
+        return terms.of_tensors(record, sample.make(BF16), sample.attrs)
+
+    assert longest("linear", "wide") == 512
+    assert longest("attention", "head128") == 257
+    assert longest("attention", "odd") == 33
+    assert longest("conv3d", "causal") == 4 * 27
+    assert longest("patch_embed", "long") == 16 * 256
+    assert longest("qk_norm_rope", "outliers") == 1536
+    assert longest("linear_gelu", "odd") == 33
+    assert longest("renoise_upsample", "small") == 4
+    assert longest("cfg_zero_star", "odd") == 3 * 2 * 5 * 7
+    assert longest("rope", "small") == 1
+
+
+def test_the_statistics_are_those_of_errors() -> None:
+    assert set(budget_margins.STATISTICS) < set(Errors.__dataclass_fields__)
