@@ -253,12 +253,12 @@ MUTANTS: tuple[Mutant, ...] = (
         program_with(_SkippedSteps),
         "model",
     ),
-    _mutant("vae_cache_lost", "Groups of frames do not see the frames before.", program_with(_NoCaches), "model"),
+    _mutant("vae_cache_lost", "Groups of frames do not see the frames before.", program_with(_NoCaches), "blocks"),
     _mutant(
         "last_frame_dropped",
         "The last frame of a group is the one before, shown twice.",
         program_with(_LastFrameDropped),
-        "model",
+        "blocks",
     ),
     _mutant("second_load_ignored", "A second load of weights changes nothing.", program_with(_LoadsOnce), "pipeline"),
     _mutant(
@@ -274,13 +274,13 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _mutant("gate_of_one_layer", "One residual is added without its gate.", _rewritten(_gate_of_one_layer), "blocks"),
     _mutant("scale_of_text", "Cross-attention takes a scale of 1.1 d^-1/2.", _rewritten(_scale_of_text), "blocks"),
-    _mutant("frames_one_late", "Noisy frames are placed one frame late.", _rewritten(_late_frames), "model"),
-    _mutant("history_frequencies", "Tables of pooled history take theta = 5e3.", _rewritten(_pool_first), "model"),
+    _mutant("frames_one_late", "Noisy frames are placed one frame late.", _rewritten(_late_frames), "blocks"),
+    _mutant("history_frequencies", "Tables of pooled history take theta = 5e3.", _rewritten(_pool_first), "blocks"),
     _mutant("epsilon_compiled_in", "Norms are compiled with an epsilon of 1e-3.", _rewritten(_larger_eps), "ops"),
     _mutant(
         "history_timestep_one",
         "History's timestep is compiled in as 1, not 0.",
         _rewritten(_zero_timestep_one),
-        "model",
+        "blocks",
     ),
 )
