@@ -37,6 +37,7 @@ from helios_conformance.videos import (
     decoded,
     frame_digests,
     golden_video,
+    latents_only,
     pipeline_of,
     vae_weights,
 )
@@ -150,7 +151,7 @@ class Videos:
         for draw in range(8 if case.suite == "quick" else 3):
             one = Root(64 * root.seed + draw, root.nonce)
             golden = golden_video(video, one, case.precision)
-            pipeline = pipeline_of(video.variant, one, case.precision, ReferenceBackend())
+            pipeline = latents_only(pipeline_of(video.variant, one, case.precision, ReferenceBackend()))
             for i, chunk in enumerate(golden):
                 latents = chunk_after(pipeline, video, one, i, chunk.state).latents
                 rows.setdefault(f"c{i}.latents", []).append(budget.measure(latents, chunk.latents))
