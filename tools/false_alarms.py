@@ -1,62 +1,73 @@
-#!/usr/bin/env python3
-"""A right backend must pass with any seed: run the suite's cases in this process with many, and print what fails.
+"""Right backends on the op cases, seed after seed: how many fail, and how near to its bound each statistic comes.
 
-    python tools/false_alarms.py --backend cpu --precision bf16 --seeds 20
-
-Exit status 1 if anything failed. Without workers, so that what is measured is the suite's judgement alone.
+Usage: ``python tools/false_alarms.py [--backend NAME]… [--seeds N] [--suite quick|full] [ID…]``. Exit 1 if any fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import sys
 import time
 
 import torch
 
 from helios.backend import select
-from helios_conformance import execute, suite
-from helios_conformance.case import LEVELS, PRECISIONS, SUITES, Case
+from helios_conformance import execute, references, suite
+from helios_conformance.case import PRECISIONS, Case, Verdict
 from helios_conformance.draws import Root
-from helios_conformance.references import committed
 from helios_conformance.session import Session
+
+CHECKS = ("op_values", "plan_nodes")
+STATISTICS = ("norm", "worst", "gain", "misrounded")
 
 
 def main() -> int:
-    """Run; 0 where no case failed with any seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="cpu")
-    parser.add_argument("--precision", choices=PRECISIONS, action="append")
-    parser.add_argument("--suite", choices=SUITES, default="quick")
-    parser.add_argument("--level", choices=LEVELS[:-1], default="pipeline", help="the highest level to run")
+    """Run, print a table; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ids", nargs="*")
+    parser.add_argument("--backend", action="append", default=[])
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--filter", action="append", default=[], metavar="ID")
-    asked = parser.parse_args()
+    parser.add_argument("--suite", choices=("quick", "full"), default="quick")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    alarms = 0
-    for precision in asked.precision or PRECISIONS:
-        cases = suite.choose(precision, asked.suite, suite.levels_up_to(asked.level), asked.filter)
-        print(f"{asked.backend}, {precision}: {len(cases)} cases, {asked.seeds} seeds", flush=True)
-        for seed in range(asked.first, asked.first + asked.seeds):
-            alarms += run(asked.backend, cases, seed)
-    print(f"{alarms} false alarms")
-    return 1 if alarms else 0
+    known = references.committed()
+    failed = 0
+    for name in arguments.backend or ("reference", "cpu"):
+        for precision in PRECISIONS:
+            cases = [c for c in suite.choose(precision, arguments.suite, ["ops"], arguments.ids) if c.check in CHECKS]
+            started = time.perf_counter()
+            nearest: dict[str, tuple[float, str]] = {}
+            wrong = 0
+            for seed in range(arguments.seeds):
+                session = Session(select(name), Root(seed, "false alarms"))
+                for case in cases:
+                    verdict = execute.run_here(case, session, known)[1]
+                    wrong += _told(case, seed, verdict)
+                    _note(nearest, case, verdict)
+            failed += wrong
+            spent = time.perf_counter() - started
+            print(
+                f"{name} {precision}: {len(cases) * arguments.seeds} cases, {wrong} alarms, {spent:.0f} s", flush=True
+            )
+            print("".join(f"  {part} {ratio:.2f} {where}\n" for part, (ratio, where) in nearest.items()), end="")
+    return 1 if failed else 0
 
 
-def run(backend: str, cases: list[Case], seed: int) -> int:
-    """One seed; the number of cases that failed."""
-    started = time.perf_counter()
-    session = Session(select(backend), Root(seed, "false-alarms"))
-    states: collections.Counter[str] = collections.Counter()
-    for case in cases:
-        _, verdict = execute.run_here(case, session, committed())
-        states[verdict.state] += 1
-        if verdict.state == "fail":
-            print(f"  seed {seed} {case.id}: {verdict.reason[:300]}", flush=True)
-    print(f"seed {seed}: {dict(states)}, {time.perf_counter() - started:.0f} s", flush=True)
-    return states["fail"]
+def _told(case: Case, seed: int, verdict: Verdict) -> int:
+    if verdict.state == "pass":
+        return 0
+    print(f"  seed {seed}: {case.id} {verdict.state}: {verdict.reason}", flush=True)
+    return 1
+
+
+def _note(nearest: dict[str, tuple[float, str]], case: Case, verdict: Verdict) -> None:
+    """The largest ratio to its bound, of each statistic that has one."""
+    for output, numbers in verdict.judged.items():
+        for part in STATISTICS:
+            bound = getattr(numbers.bounds, part)
+            if 0 < bound and not (part == "misrounded" and bound >= 1):
+                ratio = abs(getattr(numbers.errors, part)) / bound
+                nearest[part] = max(nearest.get(part, (0.0, "")), (ratio, f"{case.id} {output}"))
 
 
 if __name__ == "__main__":

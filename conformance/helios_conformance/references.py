@@ -147,11 +147,11 @@ def _file() -> Path:
     return Path(__file__).with_name(FILE)
 
 
-def merge(new: Mapping[str, Rows], known: set[str], host: Mapping[str, str]) -> int:
-    """Merge into the file as it is now, without ids that no case has any more; the number of cases in it."""
+def merge(new: Mapping[str, Rows], known: set[str] | None, host: Mapping[str, str]) -> int:
+    """Merge into the file as it is now; with ``known``, drop other ids. Returns the number of cases in it."""
     text = _file().read_text(encoding="utf-8") if _file().exists() else '{"made": [], "errors": {}}'
     entries = {**decode(text).entries, **new}
-    kept = {case: rows for case, rows in entries.items() if case in known and rows}
+    kept = {case: rows for case, rows in entries.items() if rows and (known is None or case in known)}
     whole = kept.keys() <= new.keys()
     fresh = _file().with_suffix(f".{os.getpid()}.tmp")
     before = json.loads(text)["made"]
@@ -190,7 +190,9 @@ def main(words: Sequence[str] | None = None) -> int:
         lines = [f"{case}: {line}" for case, rows in new.items() if rows for line in differing(old.get(case), rows)]
         _say(*lines, f"{len(new)} cases computed, {len(lines)} numbers differ")
         return 1 if lines or not new else 0
-    known = {case.id for precision in PRECISIONS for case in suite.all_cases(precision)}
+    known: set[str] | None = {case.id for precision in PRECISIONS for case in suite.all_cases(precision)}
+    if arguments.patterns or arguments.precision or arguments.missing:
+        known = None  # only a run over everything may say what is gone: others may be at work with newer cases
     total = 0
     for some in _portions(cases):  # what is computed is in the file, also when the next is interrupted
         total = merge({case.id: of_case(case) for case in _shown(some)}, known, _host())
