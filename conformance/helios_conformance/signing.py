@@ -88,10 +88,12 @@ def check(folder: Path, signer: Path) -> str:
 
 
 def fingerprint(folder: Path) -> str | None:
-    """The key of a signature that fits the manifest, whoever that is; None where there is no signature, or no
-    ssh-keygen to look at it. Raises Refused where it does not fit."""
-    if not os.path.lexists(folder / SIGNATURE) or shutil.which("ssh-keygen") is None:
+    """The key of a signature that fits the manifest, whoever that is; None where there is no signature, and words that
+    say so where there is no ssh-keygen to look at it. Raises Refused where it does not fit."""
+    if not os.path.lexists(folder / SIGNATURE):
         return None
+    if shutil.which("ssh-keygen") is None:
+        return "somebody, which only ssh-keygen can check"
     signature = _signature(folder)
     data = read_bytes(folder / MANIFEST, MANIFEST, 1 << 20)
     done = _run(["-Y", "check-novalidate", "-n", NAMESPACE, "-s", str(signature)], data)

@@ -79,7 +79,7 @@ class Outcome:
         findings: empty where the bundle is accepted.
         report: as read, or None where it could not be.
         tier: self-tested, or witnessed where the challenge is the nonce that the run drew from.
-        signer: who signed; "" without a signature, or without ssh-keygen to look at it.
+        signer: who signed; "" without a signature.
         vouched: whether that is one of the signers that were asked for.
         recomputed: cases that were judged anew.
         left: levels that were not, as asked.

@@ -119,7 +119,9 @@ def test_mistakes_of_the_signer_are_told(
         signing.sign(signed, keys["vendor"])
     with pytest.raises(InputError, match="ssh-keygen, which is not here"):
         closed.verify(signed, signer=keys["vendor"].with_suffix(".pub"))
-    assert closed.verify(signed).accepted  # consistency needs no ssh-keygen
+    unseen = closed.verify(signed)  # consistency needs no ssh-keygen
+    assert (unseen.accepted, unseen.vouched) == (True, False)
+    assert unseen.signer == "somebody, which only ssh-keygen can check"
 
 
 def test_a_second_party_reproduces(

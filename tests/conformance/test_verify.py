@@ -15,7 +15,7 @@ import torch
 
 from helios.cli import main
 from helios.errors import InputError
-from helios_conformance import manifest, references, suite, verify
+from helios_conformance import manifest, recheck, references, suite, verify
 from helios_conformance.contradictions import contradictions
 
 
@@ -389,3 +389,19 @@ def test_outputs_beyond_what_the_records_name_are_not_read(closed: Any, tmp_path
     assert "outputs/ops.safetensors: its SHA-256 is not" in found
     closed.seal(folder)
     assert "outputs/ops.safetensors: 536,870,912 bytes; at most" in closed.refusals(folder)
+
+
+@pytest.mark.parametrize(("part", "accepted"), [(0.3, True), (3.0, False), (-3.0, False)])
+def test_figures_may_differ_as_hosts_do_and_no_further(
+    part: float, accepted: bool, closed: Any, tmp_path: Path
+) -> None:
+    told = closed.report()
+    output = case(told)["outputs"]["o0"]
+    output["errors"]["norm"] += part * recheck.HOSTS * output["bounds"]["norm"]
+    assert closed.verify(closed.forge(told, tmp_path / "b")).accepted == accepted
+
+
+def test_counts_are_exact(closed: Any, tmp_path: Path) -> None:
+    told = closed.report()
+    case(told)["outputs"]["o0"]["errors"]["count"] += 1
+    assert "errors.count" in closed.refusals(closed.forge(told, tmp_path / "b"))
