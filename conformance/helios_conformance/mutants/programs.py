@@ -88,6 +88,23 @@ class _SkippedSteps(Program):
         return dict(self._last[entry])
 
 
+class _Autotunes(Program):
+    """From the thirteenth call of an entry on another kernel is taken, which sums in another order."""
+
+    _calls: collections.Counter[str] | None = None
+
+    def run(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> dict[str, Tensor]:
+        self._calls = collections.Counter() if self._calls is None else self._calls
+        self._calls[entry] += 1
+        outputs = super().run(entry, inputs, context)
+        if self._calls[entry] > 12 and "velocity" in outputs:
+            velocity = outputs["velocity"].clone()
+            last = velocity.flatten()[::7]
+            velocity.view(-1)[::7] = torch.nextafter(last, torch.zeros_like(last))
+            outputs["velocity"] = velocity
+        return outputs
+
+
 class _LazyHistory(Program):
     """The history of the bind before last is used: uploads are not waited for."""
 
@@ -233,16 +250,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "text_stale",
         "Text keys and values are computed for the first prompt only.",
         program_with(_FirstPrompt),
-        "pipeline",
+        "model",
     ),
     _mutant(
         "text_overwritten",
         "A second prompt overwrites the first one's context.",
         program_with(_SharedContext),
-        "pipeline",
+        "model",
     ),
     _mutant(
-        "text_of_neighbour", "In a batch each video reads another one's prompt.", program_with(_BatchInTurn), "pipeline"
+        "text_of_neighbour", "In a batch each video reads another one's prompt.", program_with(_BatchInTurn), "model"
     ),
     _mutant("history_stale", "History is embedded for the first chunk only.", program_with(_FirstHistory), "model"),
     _mutant("history_late", "Each chunk reads the history of the chunk before.", program_with(_LazyHistory), "model"),
@@ -260,7 +277,13 @@ MUTANTS: tuple[Mutant, ...] = (
         program_with(_LastFrameDropped),
         "blocks",
     ),
-    _mutant("second_load_ignored", "A second load of weights changes nothing.", program_with(_LoadsOnce), "pipeline"),
+    _mutant(
+        "bits_change_when_warm",
+        "After twelve calls another kernel is taken, with other last bits.",
+        program_with(_Autotunes),
+        "pipeline",
+    ),
+    _mutant("second_load_ignored", "A second load of weights changes nothing.", program_with(_LoadsOnce), "model"),
     _mutant(
         "transfers_bfloat16",
         "Transfers to the device pass through bfloat16.",
