@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helios_conformance import manifest, verify
+from helios_conformance import manifest, recheck, report, verify
 
 FUZZ = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -64,6 +64,14 @@ def attested(path: tuple[Any, ...]) -> bool:
     return any(fnmatch.fnmatchcase(dotted, p) or fnmatch.fnmatchcase(dotted, f"{p}.*") for p in verify.ATTESTED)
 
 
+def tolerated(told: dict[str, Any], original: dict[str, Any], path: tuple[Any, ...]) -> bool:
+    """Whether it is a statistic that was moved by no more than two hosts may differ."""
+    if len(path) != 6 or path[0] != "cases" or path[4] not in ("errors", "bounds", "reference"):
+        return False
+    bound = take(original, (*path[:4], "bounds", path[5]))
+    return recheck.near(path[5], take(told, path), take(original, path), bound)
+
+
 DERIVED = ("coverage", "divergence", "realtime", "verdict", "tier", "not_proved", "reproduce")
 
 
@@ -78,7 +86,9 @@ def check(bundles: Any, told: dict[str, Any], folder: Path, path: tuple[Any, ...
         assert str(finding).isprintable()
     if outcome.accepted:
         same = json.dumps(outcome.report, sort_keys=True) == json.dumps(bundles.report(), sort_keys=True)
-        assert same or attested(path), f"an edit of {path} to {take(told, path)!r} was accepted"
+        assert same or attested(path) or tolerated(told, bundles.report(), path), (
+            f"an edit of {path} to {take(told, path)!r} was accepted"
+        )
 
 
 @pytest.fixture(scope="module")
