@@ -69,8 +69,8 @@ def shares(cases: Iterable[Mapping[str, Any]]) -> list[Share]:
             errors, bounds = told.get("errors") or {}, told.get("bounds") or {}
             for statistic in STATISTICS:
                 came, bound = number(errors.get(statistic)), number(bounds.get(statistic))
-                # A bound of 1 on a part of all elements bounds nothing.
-                if came is None or bound is None or (statistic == "misrounded" and bound >= 1.0):
+                # Infinity bounds nothing, nor does 1 a part of all elements.
+                if came is None or bound is None or bound >= (1.0 if statistic == "misrounded" else math.inf):
                     continue
                 fraction = abs(came) / bound if bound else (0.0 if came == 0 else math.inf)
                 found.append(Share(fraction, str(case.get("id")), str(output), statistic, came, bound))
@@ -155,15 +155,12 @@ def roofline(section: Mapping[str, Any]) -> Markup | None:
     points = []
     for row in section.get("roofline") or []:
         flops, moved, seconds = (number(row.get(key)) for key in ("flops", "bytes", "seconds"))
-        if flops and moved and seconds and min(flops, moved, seconds) > 0:
+        # The row of all ops together has no place among them.
+        if row.get("op") != "all" and flops and moved and seconds and min(flops, moved, seconds) > 0:
             points.append((flops / moved, flops / seconds, row))
     if not points:
         return None
-    roofs = [
-        (*rate, str(told.get("what", "")))
-        for told in section.get("ceilings") or []
-        if (rate := _rate(told)) is not None
-    ]
+    roofs = _highest(section.get("ceilings") or [])
     rates = [rate for _, rate, _ in points] + [rate for kind, rate, _ in roofs if kind == "flops"]
     x = Axis(*_decades([i for i, _, _ in points]), "FLOP for each byte moved", log=True, show=engineering)
     y = Axis(*_decades(rates), "FLOP/s", log=True, show=engineering)
@@ -178,6 +175,17 @@ def roofline(section: Mapping[str, Any]) -> Markup | None:
         for i, rate, row in points
     ]
     return plot(x, y, "Roofline: rate over intensity of each op", dots=dots, lines=_roofs(roofs, x, y), height=320)
+
+
+def _highest(ceilings: Iterable[Mapping[str, Any]]) -> list[tuple[str, float, str]]:
+    """(kind, rate, what): of each thing that was measured the highest rate, the highest few of them all."""
+    found: dict[tuple[str, str], float] = {}
+    for told in ceilings:
+        if (rate := _rate(told)) is not None:
+            key = (rate[0], str(told.get("what", "")))
+            found[key] = max(rate[1], found.get(key, 0.0))
+    ranked = sorted(((kind, rate, what) for (kind, what), rate in found.items()), key=lambda row: -row[1])
+    return [row for kind in ("flops", "bytes") for row in [r for r in ranked if r[0] == kind][:3]]
 
 
 def _decades(values: Sequence[float]) -> tuple[float, float]:

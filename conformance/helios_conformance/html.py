@@ -22,6 +22,7 @@ from markupsafe import Markup
 from helios.media.storage import atomic
 from helios_conformance import figures
 from helios_conformance.case import LEVELS
+from helios_conformance.charts import engineering
 from helios_conformance.figures import STATISTICS, number
 from helios_conformance.plain import plain
 
@@ -36,9 +37,13 @@ TONES = {"certified": "good", "passed": "fair", "imported": "fair", "not certifi
 
 ASPECTS = {
     "op_values": "values",
-    "op_specials": "NaN, Inf, large",
-    "op_refusals": "refusals",
+    "op_specials": "NaN, infinity",
+    "op_large": "past 2³¹ elements",
+    "op_refuses": "refusals",
+    "op_misfed": "wrong operands",
     "op_repeats": "repeats",
+    "op_programs": "two programs",
+    "op_step_weights": "weights at each step",
     "plan_nodes": "nodes of the 14B plan",
 }
 """Columns of the matrix, by check."""
@@ -66,6 +71,7 @@ def _environment() -> jinja2.Environment:
         finalize=plain,
     )
     made.filters["figure"] = _figure
+    made.filters["si"] = lambda value: value if number(value) is None else engineering(number(value) or 0.0)
     made.filters["percent"] = lambda value: "" if number(value) is None else f"{100 * (number(value) or 0.0):.1f}%"
     return made
 
@@ -127,7 +133,7 @@ def _loud(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if report.get("tier") == "imported" or (report.get("setup") or {}).get("imported") or report.get("imported"):
         told.append(("Imported", "The results came as files: nothing here shows which device made them, or when."))
     if suite.get("filters"):
-        told.append(("Filtered", f"Only cases that match {', '.join(map(str, suite['filters']))} ran."))
+        told.append(("Filtered", f"Only cases that match {_some(suite['filters'])} ran."))
     if suite.get("name") == "quick":
         told.append(("Quick", "The quick suite ran: a sample of the cases, too few for a certificate."))
     if fallbacks := sum(int(number(row[3]) or 0) for row in report.get("coverage") or [] if len(row) > 3):
@@ -137,6 +143,12 @@ def _loud(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if report.get("tier") == "self-tested":
         told.append(("Self-tested", "The party that ran the suite chose its random numbers; nobody watched."))
     return told
+
+
+def _some(names: Sequence[Any]) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
+    return ", ".join(map(str, names[:6])) + more
 
 
 def _levels(levels: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -149,16 +161,21 @@ def _levels(levels: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _matrix(level: str, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Names × (aspect, precision): the cases of each, counted, with the reasons of those that did not pass."""
-    columns = list(dict.fromkeys((str(c.get("check")), str(c.get("precision"))) for c in cases))
+    """Names × (aspect, precision): the cases of each, counted, with the reasons of those that did not pass. Above the
+    level ops a name has one aspect."""
+
+    def column(case: Mapping[str, Any]) -> tuple[str, str]:
+        return str(case.get("check")) if level == "ops" else "cases", str(case.get("precision"))
+
+    columns = list(dict.fromkeys(map(column, cases)))
     cells: dict[str, dict[tuple[str, str], list[Mapping[str, Any]]]] = {}
     for case in cases:
         row = cells.setdefault(str(case.get("id")).partition("[")[0], {})
-        row.setdefault((str(case.get("check")), str(case.get("precision"))), []).append(case)
+        row.setdefault(column(case), []).append(case)
     return {
         "level": level,
         "columns": [(ASPECTS.get(check, check.replace("_", " ")), precision) for check, precision in columns],
-        "rows": [(name, [_cell(row.get(column, ())) for column in columns]) for name, row in sorted(cells.items())],
+        "rows": [(name, [_cell(row.get(key, ())) for key in columns]) for name, row in sorted(cells.items())],
     }
 
 
@@ -209,10 +226,12 @@ def _failures(report: Mapping[str, Any], cases: Iterable[Mapping[str, Any]]) -> 
 def reproduce(report: Mapping[str, Any], case: Mapping[str, Any]) -> str:
     """The command that runs one case of a report again with the same numbers, quoted for a POSIX shell."""
     backend, suite = report.get("backend") or {}, report.get("suite") or {}
-    words = ["helios", "certify", "--backend", str(backend.get("label") or backend.get("name") or "NAME")]
+    if (report.get("setup") or {}).get("imported"):  # there is no device to run it on: its inputs, then
+        words = ["helios", "cases", "export", "DIR", "--level", "all"]
+    else:
+        words = ["helios", "certify", "--backend", str(backend.get("label") or backend.get("name") or "NAME")]
+        words += ["--level", "all"] if case.get("level") == "realtime" else []
     words += ["--precision", str(case.get("precision")), "--filter", str(case.get("id"))]
-    if case.get("level") == "realtime":
-        words += ["--level", "all"]
     words += ["--seed", str(suite.get("seed", 0))]
     if suite.get("nonce"):
         words += ["--nonce", str(suite["nonce"])]
@@ -235,18 +254,37 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _realtime(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Every timed run, and what all of them share."""
     if not section:
         return None
-    latency = section.get("latency") or {}
-    shown = ("roofline", "ceilings", "latency", "split")
+    shared = {key: section[key] for key in ("datasheet", "varied", "soak") if section.get(key)}
+    ceilings = section.get("ceilings") or []
     return {
-        "class": section.get("class", ""),
-        "fps": flat(section.get("fps") or {}),
-        "latency": [(key, latency[key]) for key in ("p50", "p99") if key in latency],
-        "split": flat(section.get("split") or {}),
+        "runs": [_timed(run, ceilings) for run in section.get("runs") or [section]],
+        "ceilings": ceilings,
+        "rest": flat(shared),
+    }
+
+
+_SETTING = ("size", "variant", "steps", "amplify", "height", "width", "precision", "chunks", "seconds", "warmup")
+"""What a figure of speed never stands without."""
+
+
+def _timed(run: Mapping[str, Any], ceilings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    latency = run.get("latency") or {}
+    shown = ("roofline", "ceilings", "latency", "split", "runs", "fps", "datasheet", "varied", "soak")
+    return {
+        "case": run.get("case", ""),
+        "class": run.get("class", ""),
+        "state": run.get("state", "pass"),
+        "full_length": bool(run.get("full_length")),
+        "setting": [(key, run[key]) for key in _SETTING if key in run],
+        "published": run.get("published"),
+        "fps": flat(run.get("fps") or {}),
+        "latency": [(key, latency[key]) for key in ("p50", "p99", "first") if key in latency],
+        "split": flat(run.get("split") or {}),
         "latency_chart": figures.latency_chart(latency),
-        "roofline_chart": figures.roofline(section),
-        "roofline": section.get("roofline") or [],
-        "ceilings": section.get("ceilings") or [],
-        "rest": flat({key: value for key, value in section.items() if key not in shown}),
+        "roofline_chart": figures.roofline({"roofline": run.get("roofline"), "ceilings": ceilings}),
+        "roofline": run.get("roofline") or [],
+        "rest": flat({key: value for key, value in run.items() if key not in shown}),
     }

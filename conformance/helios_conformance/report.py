@@ -18,6 +18,7 @@ from typing import Any
 import helios
 from helios.ops import OPSET, opset_hash
 from helios_conformance import FORMAT, realtime, suite, verdict
+from helios_conformance import divergence as free
 from helios_conformance.case import Case
 from helios_conformance.run import RunResult
 
@@ -102,10 +103,9 @@ def coverage(cases: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
     return [[op, *counts[op], reasons.get(op, "")] for op in sorted(counts)]
 
 
-def divergence(cases: Iterable[Mapping[str, Any]]) -> Any:
+def divergence(cases: Sequence[Mapping[str, Any]]) -> Any:
     """How a free run leaves the reference, chunk by chunk; None where none was made."""
-    found = (case["facts"]["divergence"] for case in cases if "divergence" in case["facts"])
-    return next(found, None)
+    return free.section(cases)
 
 
 def speed(report: Mapping[str, Any]) -> Any:

@@ -56,12 +56,13 @@ SYNTHETIC = {
         "split": {"text": 0.1, "history": 0.2, "denoise": 8.0, "decode": 1.9},
         "class": "measured (synthetic)",
         "ceilings": [
-            {"what": "matrix product", "shape": "8192×5120×5120", "rate": 700.0, "unit": "TFLOP/s", "source": "x"},
+            {"what": "matrix product", "shape": "8192×5120×5120", "rate": 7e14, "unit": "FLOP/s", "source": "x"},
             {"what": "copy", "shape": "1 GB", "rate": 3000.0, "unit": "GB/s", "source": "x"},
         ],
         "roofline": [
             {"op": "linear", "flops": 4.1e14, "bytes": 9e11, "seconds": 0.7, "share": 0.83, "bound": "FLOP"},
             {"op": "attention", "flops": 1.3e14, "bytes": 1e11, "seconds": 0.3, "share": 0.71, "bound": "FLOP"},
+            {"op": "all", "flops": 5.4e14, "bytes": 1e12, "seconds": 1.05, "share": 0.7, "bound": ""},
             {"op": "rms_norm", "flops": 2e10, "bytes": 8e10, "seconds": 0.05, "share": 0.5, "bound": "bytes"},
         ],
         "full_length": False,
@@ -218,6 +219,21 @@ def test_shares_of_the_budget() -> None:
     assert found[:3] == [("o0", "worst", float("inf")), ("o0", "norm", 0.5), ("o0", "gain", 0.25)]
     assert {row[2] for row in found[3:]} == {0.0}
     assert ("o0", "misrounded") not in {row[:2] for row in found}, "a bound of 1 on a part bounds nothing"
+
+
+def test_every_timed_run_is_shown_with_its_setting() -> None:
+    told = report()
+    one = told["realtime"]
+    told["realtime"] = one | {"runs": [one | {"case": "first"}, one | {"case": "second", "steps": [2, 2, 2]}]}
+    words = Page(html.render(told)).words
+    for part in ("first", "second", "steps [1, 1, 1]", "steps [2, 2, 2]", "shorter than the rules ask"):
+        assert part in words
+
+
+def test_what_nothing_bounds_has_no_share() -> None:
+    errors = {"norm": 0.5, "worst": 0.1, "gain": 0.2, "misrounded": 0.3}
+    bounds = {"norm": "inf", "worst": "inf", "gain": "inf", "misrounded": 1.0}
+    assert figures.shares([{"id": "a[x]", "outputs": {"o0": {"errors": errors, "bounds": bounds}}}]) == []
 
 
 def test_axes_put_values_where_they_belong() -> None:
