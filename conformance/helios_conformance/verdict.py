@@ -107,7 +107,11 @@ def _level(report: Mapping[str, Any], level: Level) -> dict[str, Any]:
 
 
 def _state(report: Mapping[str, Any], level: Level, cases: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """The state of a level with its reason. Where nothing is required of it, every case counts."""
+    """The state of a level with its reason.
+
+    A case that is not required may be unsupported or not run, but what ran and was wrong is wrong. Where nothing is
+    required, every case counts.
+    """
     if level not in report["suite"]["levels"]:
         return "not_run", "not asked for"
     if not cases:
@@ -115,12 +119,12 @@ def _state(report: Mapping[str, Any], level: Level, cases: Sequence[Mapping[str,
     counted = [case for case in cases if case["required"] and not _diagnostic(report, level)] or list(cases)
     note = "; diagnostic for an engine" if _diagnostic(report, level) else ""
     for state, words, found in (
-        ("fail", "failed", [c["id"] for c in counted if c["state"] == "fail"]),
+        ("fail", "failed", [c["id"] for c in cases if c["state"] == "fail"]),
         ("fail", "unsupported", [c["id"] for c in counted if c["state"] == "unsupported"]),
         ("not_run", "not run", [c["id"] for c in counted if c["state"] == "not_run"]),
     ):
         if found:
-            return state, f"{len(found)} of {len(counted)} {words}: {_some(found)}{note}"
+            return state, f"{len(found)} of {len(cases)} {words}: {_some(found)}{note}"
     return "pass", note.removeprefix("; ")
 
 
