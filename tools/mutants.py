@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -32,21 +33,35 @@ def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
     bench = Bench(select(args.backend), Root(args.seed), references.committed())
+    rows = _known(args.resume)
+    wrong = []
     print(_line(HEAD))
-    rows, wrong = [], []
     for mutant, precision in _chosen(args):
+        if (mutant.name, precision) in rows:
+            continue
         found = attempt(mutant, bench, precision)
-        problem = _problem(found, bench, args.above)
-        rows.append(_row(found))
-        print(_line(rows[-1]), flush=True)
-        if problem:
+        row = _row(found)
+        print(_line(row), flush=True)
+        if problem := _problem(found, bench, args.above):
             wrong.append(f"{mutant.name} in {precision}: {problem}")
             print(f"    {problem}", flush=True)
-    print(f"{len(rows) - len(wrong)} of {len(rows)} caught")
+            continue
+        rows[mutant.name, precision] = row
+        if args.resume:
+            with args.resume.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    print(f"{len(rows)} caught, {len(wrong)} not")
     wrong += [f"false alarm, {case}: {reason}" for case, reason in bench.alarms.items()]
-    if args.out:
-        args.out.write_text(_document(rows, args))
+    if args.out and not wrong:
+        args.out.write_text(_document([rows[key] for key in _chosen_names(args)], args))
     sys.exit("\n".join(wrong) if wrong else 0 if rows else "no mutant ran")
+
+
+def _known(file: Path | None) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Rows of an earlier run by mutant and precision."""
+    lines = file.read_text().splitlines() if file is not None and file.exists() else []
+    found = [tuple(json.loads(line)) for line in lines]
+    return {(row[0], row[1]): row for row in found}
 
 
 def _arguments() -> argparse.Namespace:
@@ -71,6 +86,10 @@ def _chosen(args: argparse.Namespace) -> Iterator[tuple[Mutant, str]]:
         if args.quick and mutant.suite != "quick":
             continue
         yield from ((mutant, precision) for precision in args.precision if precision in mutant.precisions)
+
+
+def _chosen_names(args: argparse.Namespace) -> list[tuple[str, str]]:
+    return [(mutant.name, precision) for mutant, precision in _chosen(args)]
 
 
 def _problem(found: Attempt, bench: Bench, look_above: bool) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from helios.backend import Backend
@@ -57,7 +58,8 @@ class Bench:
         """Whether the right backend passes a case; run once."""
         if case.id not in self._sound and case.id not in self.alarms:
             try:
-                verdict = _run(case, self.session(self.right), self.references)[1]
+                with _clocks_put_back(_CLOCKS):
+                    verdict = _run(case, self.session(self.right), self.references)[1]
             except KeyError as error:  # no reference error yet
                 verdict = Verdict("not_run", str(error))
             if verdict.state == "pass":
@@ -112,10 +114,10 @@ def attempt(mutant: Mutant, bench: Bench, precision: str, levels: Iterable[Level
     taken = suite.levels_up_to(mutant.level) if levels is None else tuple(levels)
     cases = likeliest_first(suite.choose(precision, mutant.suite, taken), mutant)
     kill, tried = None, 0
-    while kill is None and tried < len(cases):
-        with _clocks_put_back():
+    with _clocks_put_back():
+        while kill is None and tried < len(cases):
             kill = _killed_by(cases[tried], session, bench)
-        tried += 1
+            tried += 1
     return Attempt(mutant, precision, kill, tried, time.perf_counter() - started)
 
 
@@ -142,13 +144,20 @@ def _run(case: Case, session: Session, references: References) -> tuple[Observat
 
 _clock = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 _TIMERS = ("perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "time", "time_ns")
+_CLOCKS: Mapping[str, Any] = {name: getattr(time, name) for name in _TIMERS}
 
 
 @contextlib.contextmanager
-def _clocks_put_back() -> Iterator[None]:
-    """A worker of its own dies with its clocks; here they are put back."""
+def _clocks_put_back(within: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
+    """A worker of its own dies with its clocks; here they are put back.
+
+    Args:
+        within: the clocks that hold meanwhile, by name; by default those that hold already.
+    """
     held = {name: getattr(time, name) for name in _TIMERS}
     try:
+        for name, timer in within.items():
+            setattr(time, name, timer)
         yield
     finally:
         for name, timer in held.items():
