@@ -75,6 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--above", action="store_true", help="of a survivor, find out whether a higher level catches it"
     )
+    parser.add_argument("--resume", type=Path, help="file of rows that are done: read, and added to")
     parser.add_argument("--out", type=Path, help="write the table as Markdown")
     return parser.parse_args()
 
