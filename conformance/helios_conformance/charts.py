@@ -210,5 +210,6 @@ def _line(line: Line, x: Axis, y: Axis, height: int) -> list[Markup]:
     drawn = [box.format(height, points, line.kind)]
     if line.label and line.points:
         end = f"{height * (1 - y.at(line.points[-1][1])) - 6:.1f}"
-        drawn.append(_text(f"{_percent(x.at(line.points[-1][0]))}%", end, "label end", line.label))
+        side = "label end" if x.at(line.points[-1][0]) > 0.5 else "label"
+        drawn.append(_text(f"{_percent(x.at(line.points[-1][0]))}%", end, side, line.label))
     return drawn

@@ -113,7 +113,9 @@ def latency_chart(latency: Mapping[str, Any]) -> Markup | None:
     for name in ("p50", "p99"):
         level = number(latency.get(name))
         if level is not None and math.isfinite(level):
-            lines.append(Line([(0, level), (len(seconds), level)], "rule", f"{name} {level:.4g} s"))
+            # Labels at opposite ends: the two may be near one another.
+            ends = [(0.0, level), (float(len(seconds)), level)]
+            lines.append(Line(ends[:: 1 if name == "p99" else -1], "rule", f"{name} {level:.4g} s"))
     return plot(x, y, f"Seconds of each of {len(seconds)} chunks", dots=dots, lines=lines)
 
 
@@ -197,9 +199,9 @@ def _decades(values: Sequence[float]) -> tuple[float, float]:
 def _roofs(roofs: Sequence[tuple[str, float, str]], x: Axis, y: Axis) -> list[Line]:
     """Level lines for arithmetic; sloping ones for memory, cut where they leave the plot."""
     lines = []
-    for kind, rate, what in roofs:
-        if kind == "flops":
-            lines.append(Line([(x.low, rate), (x.high, rate)], "roof", what[:32]))
+    for i, (kind, rate, what) in enumerate(roofs):
+        if kind == "flops":  # labels at either end in turn: ceilings may be near one another
+            lines.append(Line([(x.low, rate), (x.high, rate)][:: -1 if i % 2 else 1], "roof", what[:32]))
             continue
         left, right = max(x.low, y.low / rate), min(x.high, y.high / rate)
         if left < right:

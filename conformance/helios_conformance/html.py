@@ -101,6 +101,7 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "verdict": verdict,
+        "word": _word(verdict.get("word")),
         "tone": TONES.get(str(verdict.get("word")), "bad"),
         "backend": dict(report.get("backend") or {}),
         "loud": _loud(report),
@@ -122,6 +123,12 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
         "glyphs": GLYPHS,
         "words": WORDS,
     }
+
+
+def _word(word: Any) -> str:
+    """The verdict in large letters; what is no certification says so there, too."""
+    short = str(word or "no verdict")
+    return f"{short}, not a certification" if short in ("passed", "imported") else short
 
 
 def _loud(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -278,7 +285,7 @@ def _timed(run: Mapping[str, Any], ceilings: Sequence[Mapping[str, Any]]) -> dic
         "class": run.get("class", ""),
         "state": run.get("state", "pass"),
         "full_length": bool(run.get("full_length")),
-        "setting": [(key, run[key]) for key in _SETTING if key in run],
+        "setting": [row for key in _SETTING if key in run for row in flat(run[key], key)],
         "published": run.get("published"),
         "fps": flat(run.get("fps") or {}),
         "latency": [(key, latency[key]) for key in ("p50", "p99", "first") if key in latency],

@@ -152,6 +152,13 @@ def test_it_says_the_verdict_first_and_then_what_it_does_not_prove() -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize("word", ["passed", "imported"])
+def test_the_large_letters_say_what_is_no_certification(word: str) -> None:
+    text = html.render({"verdict": {"word": word, "sentence": "s"}})
+    assert f'<span class="word">{word}, not a certification</span>' in text
+    assert f"<title>{word}, not a certification:" in text
+
+
 def test_the_same_report_gives_the_same_bytes() -> None:
     assert html.render(report()) == html.render(copy.deepcopy(report()))
 
@@ -226,7 +233,7 @@ def test_every_timed_run_is_shown_with_its_setting() -> None:
     one = told["realtime"]
     told["realtime"] = one | {"runs": [one | {"case": "first"}, one | {"case": "second", "steps": [2, 2, 2]}]}
     words = Page(html.render(told)).words
-    for part in ("first", "second", "steps [1, 1, 1]", "steps [2, 2, 2]", "shorter than the rules ask"):
+    for part in ("first", "second", "steps 1, 1, 1", "steps 2, 2, 2", "shorter than the rules ask"):
         assert part in words
 
 
