@@ -8,6 +8,7 @@ inner value: it is run up to chosen cuts of the graph, and the cut is bisected a
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from helios import op
 from helios.backend import Backend, ReferenceBackend
+from helios.errors import HeliosError
 from helios.graph import Graph, Node, Operand, TensorType, Value
 from helios.passes import expand, fuse, prune
 from helios_conformance import budget, terms
@@ -107,7 +109,12 @@ def compare(subject: Subject, a: Session, b: Session) -> Comparison:
 
 def examine(subject: Subject, session: Session) -> Side:
     """One backend on a graph of core ops. Raises UnsupportedNode where it does not run it."""
-    outputs = run(session, subject)
+    try:
+        outputs = run(session, subject)
+    except HeliosError:
+        raise
+    except Exception as error:
+        return _raising(subject, session, error)
     program = session.lower({subject.graph.name: subject.graph})
     if session.is_engine(program):
         return _engine(subject, session, outputs, "engine")
@@ -116,6 +123,28 @@ def examine(subject: Subject, session: Session) -> Side:
         # Giving inner values out changed the result: memory that is used again, for instance.
         return _engine(subject, session, outputs, "kernels", "it gives another result when its inner values are read")
     return dataclasses.replace(watched, outputs=outputs)
+
+
+def _raising(subject: Subject, session: Session, error: Exception) -> Side:
+    """The first node with which the graph cannot be run: bisected over prefixes of the backend's own plan."""
+    plan = _fused(subject.graph, session.backend)
+
+    def raises(i: int) -> bool:
+        shown = tuple((f"o{j}", v) for j, v in enumerate(plan.nodes[i].outputs))
+        part = prune(dataclasses.replace(plan, nodes=plan.nodes[: i + 1], outputs=shown))[0]
+        try:
+            run(session, Subject(part, subject.source))
+        except Exception:
+            return True
+        return False
+
+    at = bisect.bisect_left(range(len(plan.nodes) - 1), True, key=raises)
+    node = plan.nodes[at]
+    values = walk(Subject(plan, subject.source), {v.name for v in node.values}, wide=False)
+    label, reason = session.backend.label, f"it raised {type(error).__name__}: {error}"[:2000]
+    part = Subject(node_graph(node), Given(values))
+    finding = Finding(label, str(node), blocks(plan)[node.outputs[0].name], {}, [reason], part)
+    return Side(label, "kernels", {}, {}, at + 1, finding)
 
 
 def _core(graph: Graph) -> Graph:

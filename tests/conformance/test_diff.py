@@ -132,6 +132,21 @@ def test_an_output_of_another_dtype_is_a_finding() -> None:
     assert "torch.float32" in side.finding.reasons[0]
 
 
+def test_a_kernel_that_raises_is_named() -> None:
+    forgotten = subject().read("blocks.1.attn2.to_v.bias")
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **attrs: Any) -> Any:
+        if bias is not None and bias.shape == forgotten.shape and torch.equal(bias, forgotten):
+            raise RuntimeError("no such tile")
+        return body("linear")(x, weight, bias, **attrs)
+
+    came = compare(subject(), session(Wrong({"linear": linear})), session(REFERENCE))
+    (finding,) = came.findings
+    assert "%blocks.1.attn2.to_v.weight" in finding.where
+    assert (finding.block, list(finding.reasons)) == ("blocks.1", ["it raised RuntimeError: no such tile"])
+    assert examine(finding.subject, session(REFERENCE)).finding is None
+
+
 def test_data_movement_must_be_exact() -> None:
     def split(x: Tensor, **attrs: Any) -> Tensor:
         moved: Tensor = body("split_heads")(x, **attrs).clone()

@@ -31,7 +31,8 @@ SMALL = ("silu[*]", "add[*]", "linear[*]", "narrow[*]")
 
 def cases(*patterns: str, precision: str = "bf16", check: str = "op_values") -> list[Case]:
     found = suite.choose(precision, filters=patterns or SMALL)
-    return [case for case in found if case.suite == "quick" and case.check == check][:12]
+    quick = [case for case in found if case.suite == "quick" and case.check == check]
+    return [case for case in quick if "long" not in case.id][:12]  # those have thousands of rows
 
 
 def answer(folder: Path) -> None:

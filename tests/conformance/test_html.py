@@ -205,6 +205,12 @@ def test_failures_come_with_a_command_that_runs_them_again() -> None:
     assert shlex.quote(real_cases()[0]["id"]) in Page(html.render(report())).words
 
 
+def test_what_was_imported_is_not_run_again_but_exported() -> None:
+    words = shlex.split(html.reproduce({"setup": {"imported": True}}, {"id": "a[b]", "precision": "fp32"}))
+    assert words[:4] == ["helios", "cases", "export", "DIR"]
+    assert words[words.index("--filter") + 1] == "a[b]"
+
+
 def test_a_hostile_name_stays_one_word_of_the_command() -> None:
     hostile = {"backend": {"label": "cpu; rm -rf ~\n$(id)`id`'\""}}
     words = shlex.split(html.reproduce(hostile, {"id": "a[b]", "precision": "bf16"}))

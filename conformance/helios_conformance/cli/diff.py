@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from helios.cli import output
-from helios.cli.options import JsonOption, PyramidStageOption, VariantOption, dtype_of, setting
+from helios.cli.options import JsonOption, VariantOption, setting
 from helios.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ def diff(
     b: Spec,
     size: Annotated[str, typer.Option(metavar="tiny|mini|14b", help="Of the transformer.")] = "tiny",
     variant: VariantOption = "distilled",
-    pyramid_stage: PyramidStageOption = None,
+    pyramid_stage: Annotated[
+        int | None, typer.Option(metavar="N", help="Which; 0 is the coarsest.", show_default="the last")
+    ] = None,
     precision: Annotated[str, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.")] = "bf16",
     height: Annotated[int, typer.Option(metavar="PIXELS", help="Of the video.")] = 128,
     width: Annotated[int, typer.Option(metavar="PIXELS", help="Of the video.")] = 192,
@@ -64,7 +66,6 @@ def diff(
     else:
         asked = setting(size, variant, height, width, precision, text_tokens=text_tokens)
         subject = _of_setting(asked, pyramid_stage, seed)
-    dtype_of(precision)
     sessions = [Session(selected(spec), Root(seed)) for spec in (a, b)]
     came = compare(subject, *sessions)
     saved = {} if replay is not None else {f.label: _save(out, f, a, b) for f in came.findings}
