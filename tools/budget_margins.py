@@ -60,9 +60,8 @@ def _margin(way: Way, root: Root) -> dict[str, float]:
     found = dict.fromkeys(STATISTICS, 0.0)
     for name, y in came.items():
         errors = budget.measure(y, oracle[name])
-        along = budget.directions(oracle[name])
         reference = references.committed().get(case.id, name)
-        allowed = budget.bounds(given.record.kind, y.dtype, k, errors.count, reference, along)
+        allowed = budget.allowed(given.record.kind, y.dtype, k, oracle[name], reference)
         for part in STATISTICS:
             bound = getattr(allowed, part)
             ratio = 0.0 if part == "misrounded" and bound >= 1.0 else abs(getattr(errors, part)) / bound

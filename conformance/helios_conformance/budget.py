@@ -16,7 +16,19 @@ from torch import Tensor
 
 from helios.op import Kind
 
-__all__ = ["NONE", "Errors", "bounds", "directions", "exact", "exceeded", "measure", "rounds_once", "unit"]
+__all__ = [
+    "NONE",
+    "Errors",
+    "allowed",
+    "bounds",
+    "directions",
+    "exact",
+    "exceeded",
+    "largest",
+    "measure",
+    "rounds_once",
+    "unit",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -128,6 +140,27 @@ def bounds(
     gain = abs(reference.gain) + u / 8 + 4 * norm / math.sqrt(max(count if along is None else along, 1.0))
     off = 0.05 + 3 * math.sqrt(0.05 * 0.95 / max(count, 1)) if once else 1.0
     return Errors(norm, worst, gain, min(off, 1.0), count)
+
+
+def allowed(kind: Kind, dtype: torch.dtype, terms: int, oracle: Tensor, reference: Errors) -> Errors:
+    """``bounds`` for a result that is compared with this oracle (float64, all elements compared).
+
+    No result can be better than the oracle rounded, and what that costs depends on the draw: a factor just above 1 rounds
+    a whole head of keys back to where it was, with a gain of −u/2. So the reference counts as no better than that.
+    """
+    rounded = measure(oracle.to(dtype), oracle)
+    return bounds(kind, dtype, terms, rounded.count, largest(reference, rounded), directions(oracle))
+
+
+def largest(one: Errors, other: Errors) -> Errors:
+    """Statistic by statistic, the gain with its sign."""
+    return Errors(
+        max(one.norm, other.norm),
+        max(one.worst, other.worst),
+        max(one.gain, other.gain, key=abs),
+        max(one.misrounded, other.misrounded),
+        max(one.count, other.count),
+    )
 
 
 def exceeded(errors: Errors, allowed: Errors) -> list[str]:

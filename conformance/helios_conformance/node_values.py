@@ -115,14 +115,8 @@ class NodeValues:
     def _near(self, name: str, kept: Kept, chosen: Selection, reference: Errors) -> tuple[list[str], Judged]:
         oracle = self._take(name, chosen, wide=True)
         errors = budget.measure(kept.values, oracle)
-        allowed = budget.bounds(
-            self.record.kind,
-            kept.values.dtype,
-            terms.of_tensors(self.record, self.tensors, self.attrs),
-            errors.count,
-            reference,
-            budget.directions(oracle),
-        )
+        k = terms.of_tensors(self.record, self.tensors, self.attrs)
+        allowed = budget.allowed(self.record.kind, kept.values.dtype, k, oracle, reference)
         return budget.exceeded(errors, allowed), Judged(errors, allowed, reference)
 
 

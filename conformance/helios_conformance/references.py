@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from helios_conformance import budget
 from helios_conformance.budget import Errors
 from helios_conformance.case import PRECISIONS, Case
 from helios_conformance.draws import Root
@@ -97,23 +98,11 @@ def of_case(case: Case) -> dict[str, Errors]:
         rows = check.reference(case, Root(seed))
         if not rows:
             return {}
-        found = {name: _largest(found.get(name), errors) for name, errors in rows.items()}
+        found = {name: budget.largest(found.get(name, errors), errors) for name, errors in rows.items()}
         compared += sum(errors.count for errors in rows.values())
         if seed + 1 >= SEEDS or compared >= _ELEMENTS[case.suite]:
             return found
     raise AssertionError("unreachable")
-
-
-def _largest(one: Errors | None, other: Errors) -> Errors:
-    if one is None:
-        return other
-    return Errors(
-        max(one.norm, other.norm),
-        max(one.worst, other.worst),
-        max(one.gain, other.gain, key=abs),
-        max(one.misrounded, other.misrounded),
-        max(one.count, other.count),
-    )
 
 
 def differing(old: Rows | None, new: Rows) -> list[str]:

@@ -114,6 +114,25 @@ def test_bounds_follow_the_reference() -> None:
     assert not rounds_once(often)
 
 
+def test_the_largest_of_two_keeps_the_sign_of_the_gain() -> None:
+    one, other = Errors(0.1, 2.0, -3e-7, 0.25, 40), Errors(0.2, 1.0, 2e-7, 0.5, 30)
+    assert budget.largest(one, other) == Errors(0.2, 2.0, -3e-7, 0.5, 40)
+
+
+def test_what_rounding_costs_on_this_draw_is_allowed() -> None:
+    """Numbers of bfloat16 times 1 + u/2 round back to themselves: the right result has a gain of −u/2."""
+    oracle = torch.randn(9000, generator=torch.Generator().manual_seed(1)).to(BF16).double() * (1 + 2**-9)
+    right = oracle.to(BF16)
+    small = Errors(0.45 * 2**-8, 0.01, 1e-5, 0.0, 9000)
+    errors = measure(right, oracle)
+    assert errors.gain == pytest.approx(-(2**-9), rel=0.01)
+    assert exceeded(errors, bounds("round", BF16, 1, 9000, small)) != []
+    assert exceeded(errors, budget.allowed("round", BF16, 1, oracle, small)) == []
+    plain = torch.randn(9000, dtype=F64, generator=torch.Generator().manual_seed(1))
+    dropped = measure(budget_margins.truncated(plain.float()), plain)
+    assert "gain" in " ".join(exceeded(dropped, budget.allowed("round", BF16, 1, plain, small)))
+
+
 def test_a_few_large_elements_decide_the_gain() -> None:
     assert directions(torch.ones(500, dtype=F64)) == pytest.approx(500)
     peaks = torch.ones(1000, dtype=F64)

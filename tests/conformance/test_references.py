@@ -62,12 +62,6 @@ def test_what_is_missing_names_its_command() -> None:
         references.References({}).get("a[bf16,x]", "o0")
 
 
-def test_the_largest_of_all_draws_is_kept_with_its_sign() -> None:
-    other = Errors(0.2, 1.0, 2e-7, 0.5, 30)
-    assert references._largest(SOME, other) == Errors(0.2, 2.0, -3e-7, 0.5, 40)
-    assert references._largest(None, other) == other
-
-
 def test_merging_keeps_others_and_drops_what_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(references, "_file", lambda: tmp_path / "references.json")
     there = {**HERE, "machine": "there"}
