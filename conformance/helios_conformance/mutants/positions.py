@@ -125,8 +125,9 @@ def _half_pixel(right: Any, x: Tensor) -> Any:
 
 
 def _smooth(right: Any, x: Tensor) -> Any:
-    frames = F.interpolate(x.float().flatten(0, 1), scale_factor=(1, 2, 2), mode="trilinear")
-    return frames.unflatten(0, x.shape[:2]).to(x.dtype)
+    b, c, t, h, w = x.shape
+    frames = F.interpolate(x.float().reshape(b * c, t, h, w), scale_factor=(2, 2), mode="bilinear")
+    return frames.reshape(b, c, t, 2 * h, 2 * w).to(x.dtype)
 
 
 def _mutant(name: str, wrong: str, kernel: Any, *ops: str, **told: Any) -> Mutant:
