@@ -44,8 +44,8 @@ def _batch_two(right: Any, x: Tensor, *rest: Any, **attrs: Any) -> Tensor:
 
 
 def _unchecked(right: Any, x: Tensor, *rest: Any, **attrs: Any) -> Tensor:
-    """Of what is too large to be kept whole, rows that a check is likely to look at are right: the first, the last, both
-    sides of every tile's edge. The rest is a cheap guess."""
+    """Of what is too large to be kept whole, rows that a check is likely to look at are right: the first, the last,
+    both sides of every tile's edge. The rest is a cheap guess."""
     out: Tensor = right(x, *rest, **attrs)
     if out.numel() * out.element_size() <= 64 << 10:
         return out
