@@ -145,8 +145,8 @@ def bounds(
 def allowed(kind: Kind, dtype: torch.dtype, terms: int, oracle: Tensor, reference: Errors) -> Errors:
     """``bounds`` for a result that is compared with this oracle (float64, all elements compared).
 
-    No result can be better than the oracle rounded, and what that costs depends on the draw: a factor just above 1 rounds
-    a whole head of keys back to where it was, with a gain of −u/2. So the reference counts as no better than that.
+    No result can be better than the oracle rounded, and what that costs depends on the draw: a factor just above 1
+    rounds a whole head of keys back to where it was, with a gain of −u/2. So the reference counts as no better.
     """
     rounded = measure(oracle.to(dtype), oracle)
     return bounds(kind, dtype, terms, rounded.count, largest(reference, rounded), directions(oracle))
