@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helios.backend import Backend, Kernel
-from helios_conformance.mutants.mutant import FP32, Mutant, backend_with, touched, wrong_kernels
+from helios_conformance.mutants.mutant import BF16, FP32, Mutant, backend_with, touched, wrong_kernels
 
 __all__ = ["MUTANTS"]
 
@@ -170,7 +170,14 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("batch_two_only", "Only the second of two videos is wrong.", _batch_two, "conv3d"),
     _mutant("unchecked_rows_only", "Only rows that no check would choose beforehand are wrong.", _unchecked, "silu"),
     _mutant("one_in_a_thousand", "In large outputs one element of a thousand is zero.", _small_only, "gelu"),
-    _mutant("beyond_int32_only", "Only elements beyond index 2^31 are wrong.", _beyond_int32, "add", suite="full"),
+    _mutant(
+        "beyond_int32_only",
+        "Only elements beyond index 2^31 are wrong.",
+        _beyond_int32,
+        "add",
+        precisions=BF16,
+        suite="full",
+    ),
     _mutant("odd_widths_crash", "Widths that are no multiple of 8 raise an error.", _odd_refused, "rms_norm"),
     _stateful("race", "One call in twenty mixes up two rows.", _race, "attention", repeats=135, suite="full"),
     _stateful(
