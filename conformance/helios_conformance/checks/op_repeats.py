@@ -20,8 +20,8 @@ from helios_conformance.session import Session
 
 QUICK_RUNS = 8
 FULL_RUNS = 135
-"""A race that spoils 1 run in 20 leaves all of n alone with probability 0.95ⁿ: 66 % for 8, and 0.098 % for 135, which is
-the least number below 0.1 %."""
+"""A race that spoils 1 run in 20 leaves all of n alone with probability 0.95ⁿ: 66 % for 8, and 0.098 % for 135, the
+least number below 0.1 %."""
 
 
 class OpRepeats:

@@ -1,1 +1,1 @@
-"""Commands of the suite. ``helios`` finds them by the entry points ``helios.commands``; none needs torch for its help."""
+"""Commands of the suite: ``helios`` finds them by the entry points ``helios.commands``. Their help needs no torch."""
