@@ -32,8 +32,9 @@ _TRIES = 16
 class OpSpecials:
     """A NaN or +∞ in one element of each floating operand in turn; run ``i0`` has it in operand ``i0``.
 
-    Attention takes its odd sample: with fewer keys than a vector has lanes, torch's own attention on the CPU loses a NaN
-    of a query, and so would an oracle made of it.
+    Attention takes its odd sample: with fewer keys than a vector has lanes, torch's own on the CPU loses a NaN
+    of a query, and so would an oracle made of it. An infinity is planted in its values only: an infinite score makes
+    softmax ∞ − ∞, where right kernels differ (torch's gives numbers in bfloat16 and NaN in float32).
 
     Where the oracle is NaN the result must be, where it is infinite the result must not be finite, where it is finite
     the result must be, and within budget. Of an engine this is a report: its level ops is diagnostic, nothing more.
@@ -88,11 +89,12 @@ def _sample(record: op.Op[Any, Any]) -> Sample | None:
 def planted(case: Case, root: Root) -> dict[str, NodeValues]:
     """The operands with the plant, by the name of the operand that has it."""
     clean = op_values.inputs(case, root)
+    values_only = case.params["op"] == "attention" and case.params["value"] == "inf"
     places = [
         (i, j)
         for i, x in enumerate(clean.tensors)
         for j, t in enumerate(x if isinstance(x, list) else [x])
-        if isinstance(t, Tensor) and t.is_floating_point() and t.numel()
+        if isinstance(t, Tensor) and t.is_floating_point() and t.numel() and (i == 2 or not values_only)
     ]
     return {_name(clean, i, j): _plant(case, root, clean, i, j, len(places)) for i, j in places}
 
