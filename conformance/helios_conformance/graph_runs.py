@@ -209,7 +209,8 @@ def wanted_of(scene: Scene, calls: tuple[Call, ...], dtype: torch.dtype) -> dict
 
 
 def longest_sum(graph: Graph) -> int:
-    """Terms of the longest sum in a graph: of a product, a convolution or a norm, or over attention's keys."""
+    """Terms of the longest sum in a graph: of a product, a convolution, over attention's keys or a whole video."""
     longest = max((math.prod(v.shape[1:]) for v in graph.inputs_at(Rate.WEIGHTS)), default=1)
     keys = [node.values[1].shape[1] for node in graph.nodes if node.op == "attention"]
-    return max([longest, *keys])
+    videos = [math.prod(node.values[0].shape[1:]) for node in graph.nodes if node.op == "cfg_zero_star"]
+    return max([longest, *keys, *videos])

@@ -104,7 +104,7 @@ class Energy(SceneCheck):
         # lost after the last.
         config = dataclasses.replace(_of("tiny"), num_layers=LAYERS)
         hidden = (LAYERS // 2 - 1, LAYERS - 1)
-        return Forward("energy", config, 8, 8, hidden=hidden, spread=spread)
+        return Forward("energy", config, 8, 8, hidden=hidden, spread=spread, late=2)
 
     def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
         verdict = super().judge(case, observation, root, references)

@@ -40,6 +40,8 @@ class Forward:
         prompts: bound side by side, and used in turns.
         hidden: blocks after which the residual stream is an output too, ``hidden.N``.
         spread: of the weights.
+        late: how many of the timesteps are left out at the beginning: the third is 3, whose embedding float32 has to
+            the last digit, while of 999 it has five.
     """
 
     label: str
@@ -54,6 +56,7 @@ class Forward:
     prompts: int = 1
     hidden: tuple[int, ...] = ()
     spread: Spread = loud
+    late: int = 0
 
     forced = False
 
@@ -89,7 +92,7 @@ class Forward:
         for at, halving in enumerate(self.halvings):
             shape = (self.batch, self.config.in_channels, 9, self.height >> halving, self.width >> halving)
             for prompt in range(self.prompts):
-                where = at + prompt
+                where = at + prompt + self.late
                 time = [_TIMESTEPS[(where + video) % len(_TIMESTEPS)] for video in range(self.batch)]
                 inputs = {
                     "sample": normal(root.key(self.label, "sample", at, prompt), shape, dtype),
