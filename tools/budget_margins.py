@@ -61,7 +61,8 @@ def _margin(way: Way, root: Root) -> dict[str, float]:
     for name, y in came.items():
         errors = budget.measure(y, oracle[name])
         reference = references.committed().get(case.id, name)
-        allowed = budget.allowed(given.record.kind, y.dtype, k, oracle[name], reference)
+        shared = terms.factors(given.record, given.tensors)
+        allowed = budget.allowed(given.record.kind, y.dtype, k, oracle[name], reference, shared)
         for part in STATISTICS:
             bound = getattr(allowed, part)
             ratio = 0.0 if part == "misrounded" and bound >= 1.0 else abs(getattr(errors, part)) / bound

@@ -65,7 +65,7 @@ def _note(nearest: dict[str, tuple[float, str]], case: Case, verdict: Verdict) -
     for output, numbers in verdict.judged.items():
         for part in STATISTICS:
             bound = getattr(numbers.bounds, part)
-            if 0 < bound and not (part == "misrounded" and bound >= 1):
+            if bound > 0 and not (part == "misrounded" and bound >= 1):
                 ratio = abs(getattr(numbers.errors, part)) / bound
                 nearest[part] = max(nearest.get(part, (0.0, "")), (ratio, f"{case.id} {output}"))
 

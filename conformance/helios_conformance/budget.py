@@ -131,7 +131,8 @@ def bounds(
     """
     u = unit(dtype)
     once = rounds_once(reference)
-    grown = math.sqrt(terms) if dtype == torch.float32 else 1.0
+    # Where the reference rounds more than once, as in every function of float32, a right element errs by up to 2 u.
+    grown = math.sqrt(terms if once else max(terms, 4)) if dtype == torch.float32 else 1.0
     # Rounding to nearest errs by 0.37 u to 0.58 u in the norm, truncation by twice that: the floor lies between.
     floor = u * grown if dtype == torch.float32 else 0.6 * u
     norm = max(floor, (1.15 if once and kind == "round" else 1.5) * reference.norm)
@@ -142,14 +143,22 @@ def bounds(
     return Errors(norm, worst, gain, min(off, 1.0), count)
 
 
-def allowed(kind: Kind, dtype: torch.dtype, terms: int, oracle: Tensor, reference: Errors) -> Errors:
+def allowed(
+    kind: Kind, dtype: torch.dtype, terms: int, oracle: Tensor, reference: Errors, factors: int | None = None
+) -> Errors:
     """``bounds`` for a result that is compared with this oracle (float64, all elements compared).
+
+    ``factors``: how many computed numbers multiply all elements, where there are any. In float32 their errors are as
+    large as those of the products, and all products of one share them: the gain is an average over so many.
 
     No result can be better than the oracle rounded, and what that costs depends on the draw: a factor just above 1
     rounds a whole head of keys back to where it was, with a gain of −u/2. So the reference counts as no better.
     """
     rounded = measure(oracle.to(dtype), oracle)
-    return bounds(kind, dtype, terms, rounded.count, largest(reference, rounded), directions(oracle))
+    along = directions(oracle)
+    if factors is not None and dtype == torch.float32:
+        along = min(along, float(factors))
+    return bounds(kind, dtype, terms, rounded.count, largest(reference, rounded), along)
 
 
 def largest(one: Errors, other: Errors) -> Errors:

@@ -116,7 +116,8 @@ class NodeValues:
         oracle = self._take(name, chosen, wide=True)
         errors = budget.measure(kept.values, oracle)
         k = terms.of_tensors(self.record, self.tensors, self.attrs)
-        allowed = budget.allowed(self.record.kind, kept.values.dtype, k, oracle, reference)
+        shared = terms.factors(self.record, self.tensors)
+        allowed = budget.allowed(self.record.kind, kept.values.dtype, k, oracle, reference, shared)
         return budget.exceeded(errors, allowed), Judged(errors, allowed, reference)
 
 

@@ -1,4 +1,4 @@
-"""K of the error budget: how many terms the longest sum of an op has."""
+"""K of the error budget: how many terms the longest sum of an op has, or as many as its condition counts for."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from helios import op
 from helios.graph import Node
 from helios_conformance.one_node import OneNode, types_of
 
-__all__ = ["LONGEST", "terms"]
+__all__ = ["LONGEST", "factors", "of_tensors", "terms"]
 
 Count = Callable[[Sequence[Any]], int]
 """From the shapes of the operands (``None`` for an absent one) to the number of terms."""
@@ -39,8 +41,45 @@ def terms(record: op.Op[Any, Any], types: Sequence[Any], attrs: Mapping[str, Any
 
 
 def of_tensors(record: op.Op[Any, Any], tensors: Sequence[Any], attrs: Mapping[str, Any]) -> int:
-    """The same for operands."""
-    return terms(record, types_of(tensors), attrs)
+    """The same for operands, of which attention's count by their values too.
+
+    An absolute error of a score is a relative error of its probability, and a score errs by about u times its size: the
+    largest score counts as the root of K.
+    """
+    k = terms(record, types_of(tensors), attrs)
+    if record.name == "attention":
+        return max(k, math.ceil(_largest_score(tensors[0], tensors[1], attrs.get("scale")) ** 2))
+    return max(k, _CHAINED.get(record.name, 1))
+
+
+def factors(record: op.Op[Any, Any], tensors: Sequence[Any]) -> int | None:
+    """How many numbers are computed first and then multiply many elements, whose errors they share; None: no such."""
+    at = _FACTORS.get(record.name)
+    return None if at is None else int(tensors[at].numel())
+
+
+_FACTORS: Mapping[str, int] = {
+    "adaln": 1,
+    "gated_add_adaln": 3,
+    "modulate": 1,
+    "scale_history_keys": 1,
+}
+"""Operand of which each element becomes a factor: ``1 + scale``, or a function of the logit."""
+
+_CHAINED: Mapping[str, int] = {"scale_history_keys": 9}
+"""K where roundings follow one another in one number: a sigmoid, a product and a sum, at most u each."""
+
+_ROWS, _HEADS = 64, 4
+
+
+def _largest_score(q: Tensor, k: Tensor, scale: float | None) -> float:
+    """|q·k|·scale, the largest over some queries of some heads and all their keys."""
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    step = max(1, q.shape[1] // _ROWS)
+    some = q[:, ::step, :_HEADS].double().transpose(1, 2)
+    keys = k[:, :, :_HEADS].double().transpose(1, 2)
+    top = float((some @ keys.transpose(-1, -2)).abs().max())
+    return top * abs(float(factor))
 
 
 def _of_node(node: Node) -> int:

@@ -102,6 +102,12 @@ def test_bounds_have_their_floors() -> None:
     assert (wide.norm, wide.worst) == (10 * 2**-24, 50 * 2**-24)
 
 
+def test_a_chain_of_roundings_counts_as_four() -> None:
+    chained, once = (bounds("round", F32, 1, 10**8, Errors(0.0, 0.0, 0.0, part, 100)) for part in (0.3, 0.0))
+    assert (once.norm, chained.norm) == (2**-24, 2**-23)
+    assert bounds("round", BF16, 1, 10**8, Errors(0.0, 0.0, 0.0, 0.3, 100)).norm == 0.6 * 2**-8
+
+
 def test_bounds_follow_the_reference() -> None:
     often, seldom = (Errors(0.01, 0.5, 1e-4, part, 100) for part in (0.3, 0.0))
     assert bounds("round", BF16, 1, 100, seldom).norm == pytest.approx(0.0115)
@@ -192,6 +198,28 @@ def test_lengths_of_known_sums() -> None:
     assert longest("renoise_upsample", "small") == 4
     assert longest("cfg_zero_star", "odd") == 3 * 2 * 5 * 7
     assert longest("rope", "small") == 1
+    assert longest("scale_history_keys", "shared") == 9
+
+
+def test_large_scores_count_as_a_long_sum() -> None:
+    """A score of 400 that errs by u of itself changes its probability by 400 u."""
+    record = op.get("attention")
+    q = torch.zeros(1, 3, 1, 16)
+    q[..., 0] = 40.0
+    assert terms.of_tensors(record, [q, q, q], {"scale": None}) == 400**2
+    assert terms.of_tensors(record, [q, q, q], {"scale": 0.001}) == 16
+
+
+def test_shared_factors_are_what_the_gain_is_an_average_over() -> None:
+    record = op.get("scale_history_keys")
+    assert terms.factors(record, [torch.zeros(1, 9, 4, 8), torch.zeros(4)]) == 4
+    assert terms.factors(op.get("rope"), [torch.zeros(1)]) is None
+    oracle = torch.randn(9000, dtype=F64, generator=torch.Generator().manual_seed(1))
+    alone, shared = (budget.allowed("round", F32, 1, oracle, budget.NONE, n).gain for n in (None, 4))
+    assert shared > 10 * alone
+    assert budget.allowed("round", BF16, 1, oracle, budget.NONE, 4) == budget.allowed(
+        "round", BF16, 1, oracle, budget.NONE
+    )
 
 
 def test_the_statistics_are_those_of_errors() -> None:
