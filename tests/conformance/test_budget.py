@@ -179,7 +179,7 @@ def test_every_sum_has_its_length(name: str) -> None:
             made = sample.make(F32)
             k = terms.of_tensors(record, made, sample.attrs)
             assert k > 1 or name == "unipc_step"  # a composition of elementwise steps
-            assert k == terms.terms(record, types_of(made), sample.attrs)
+            assert k >= terms.terms(record, types_of(made), sample.attrs)
 
 
 def test_lengths_of_known_sums() -> None:
