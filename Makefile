@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-slow mutants lint format bench clean
+.PHONY: help setup demo test test-slow mutants lint format example bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -54,6 +54,10 @@ lint: setup ## ruff, mypy --strict, the floors, the sizes
 format: setup ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+example: setup ## make docs/examples/cpu anew: a bundle belongs to the suite that made it
+	rm -rf docs/examples/cpu
+	$(BIN)/helios certify --backend cpu --out docs/examples/cpu
 
 bench: setup ## speed on this CPU, side by side with diffusers
 	$(BIN)/python tools/bench.py --compiled --out out/bench.json

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What `make demo` shows, on any CPU: a small model folder, video from a text and from an image, backends and coverage.
+# What `make demo` shows, on any CPU: a small model folder, video from a text and from an image, backends, coverage, and a
+# run of the conformance suite.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -7,7 +8,7 @@ OUT=out/demo
 MODEL=$OUT/tiny-distilled
 SIZE=(--height 128 --width 192)
 
-echo "Demo: about half a minute on two cores. The weights are random, so the videos are noise and say so."
+echo "Demo: about two minutes on two cores. The weights are random, so the videos are noise and say so."
 mkdir -p "$OUT"
 
 echo; echo "1. A model folder in the published layout, with random weights"
@@ -42,6 +43,10 @@ helios backends
 echo; echo "5. What the cpu backend runs of the graph of one step"
 helios graph --size tiny --pyramid-stage 2 "${SIZE[@]}" --backend cpu --flops
 
+echo; echo "6. Does the cpu backend compute Helios right? The quick suite, about a minute and a half"
+rm -rf "$OUT/certify"
+helios certify --backend cpu --out "$OUT/certify"
+
 echo
 echo "Also in $OUT: image.mp4, and a contact sheet beside each video (text.png, image.png)."
-echo "Open $OUT/text.mp4"
+echo "Open $OUT/text.mp4 and $OUT/certify/report.html"
