@@ -117,7 +117,13 @@ def rounds_once(reference: Errors) -> bool:
 
 
 def bounds(
-    kind: Kind, dtype: torch.dtype, terms: int, count: int, reference: Errors, along: float | None = None
+    kind: Kind,
+    dtype: torch.dtype,
+    terms: int,
+    count: int,
+    reference: Errors,
+    along: float | None = None,
+    top: float = 4.0,
 ) -> Errors:
     """What a result may err.
 
@@ -128,6 +134,7 @@ def bounds(
         count: elements compared.
         reference: errors of the reference in the working dtype, the largest of several seeds.
         along: ``directions`` of the oracle; ``None`` for the count.
+        top: its largest element over its rms; 4 is that of a few thousand normals.
     """
     u = unit(dtype)
     once = rounds_once(reference)
@@ -136,7 +143,7 @@ def bounds(
     # Rounding to nearest errs by 0.37 u to 0.58 u in the norm, truncation by twice that: the floor lies between.
     floor = u * grown if dtype == torch.float32 else 0.6 * u
     norm = max(floor, (1.15 if once and kind == "round" else 1.5) * reference.norm)
-    worst = max(5 * u * grown, 2 * reference.worst)
+    worst = max(1.25 * max(top, 4.0) * u * grown, 2 * reference.worst)
     # The gain of errors that have no direction is about norm / √n: four of these never happen by chance.
     gain = abs(reference.gain) + u / 8 + 4 * norm / math.sqrt(max(count if along is None else along, 1.0))
     off = 0.05 + 3 * math.sqrt(0.05 * 0.95 / max(count, 1)) if once else 1.0
@@ -158,7 +165,13 @@ def allowed(
     along = directions(oracle)
     if factors is not None and dtype == torch.float32:
         along = min(along, float(factors))
-    return bounds(kind, dtype, terms, rounded.count, largest(reference, rounded), along)
+    return bounds(kind, dtype, terms, rounded.count, largest(reference, rounded), along, _top(oracle))
+
+
+def _top(oracle: Tensor) -> float:
+    sizes = oracle[oracle.isfinite()].abs()
+    rms = float(sizes.square().mean().sqrt()) if sizes.numel() else 0.0
+    return float(sizes.max()) / rms if rms else 0.0
 
 
 def largest(one: Errors, other: Errors) -> Errors:

@@ -43,8 +43,8 @@ def terms(record: op.Op[Any, Any], types: Sequence[Any], attrs: Mapping[str, Any
 def of_tensors(record: op.Op[Any, Any], tensors: Sequence[Any], attrs: Mapping[str, Any]) -> int:
     """The same for operands, of which attention's count by their values too.
 
-    An absolute error of a score is a relative error of its probability, and a score errs by about u times its size: the
-    largest score counts as the root of K.
+    An absolute error of a score is a relative error of its probability, and a score errs by about u times the sum of its
+    terms' sizes: the largest such sum counts as the root of K.
     """
     k = terms(record, types_of(tensors), attrs)
     if record.name == "attention":
@@ -73,13 +73,12 @@ _ROWS, _HEADS = 64, 4
 
 
 def _largest_score(q: Tensor, k: Tensor, scale: float | None) -> float:
-    """|q·k|·scale, the largest over some queries of some heads and all their keys."""
+    """Σ|q·k|·scale, the largest over some queries of some heads and all their keys."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     step = max(1, q.shape[1] // _ROWS)
-    some = q[:, ::step, :_HEADS].double().transpose(1, 2)
-    keys = k[:, :, :_HEADS].double().transpose(1, 2)
-    top = float((some @ keys.transpose(-1, -2)).abs().max())
-    return top * abs(float(factor))
+    some = q[:, ::step, :_HEADS].double().abs().transpose(1, 2)
+    keys = k[:, :, :_HEADS].double().abs().transpose(1, 2)
+    return float((some @ keys.transpose(-1, -2)).max()) * abs(float(factor))
 
 
 def _of_node(node: Node) -> int:

@@ -102,6 +102,16 @@ def test_bounds_have_their_floors() -> None:
     assert (wide.norm, wide.worst) == (10 * 2**-24, 50 * 2**-24)
 
 
+def test_the_worst_element_may_err_by_its_own_size() -> None:
+    peaks = torch.ones(10000, dtype=F64)
+    peaks[0] = 100.0
+    once = Errors(0.0, 0.0, 0.0, 0.0, 10000)
+    assert budget.allowed("round", F32, 1, peaks, once).worst == pytest.approx(
+        1.25 * 100 / math.sqrt(2) * 2**-24, rel=1e-3
+    )
+    assert bounds("round", F32, 1, 10000, once).worst == 5 * 2**-24
+
+
 def test_a_chain_of_roundings_counts_as_four() -> None:
     chained, once = (bounds("round", F32, 1, 10**8, Errors(0.0, 0.0, 0.0, part, 100)) for part in (0.3, 0.0))
     assert (once.norm, chained.norm) == (2**-24, 2**-23)
@@ -208,6 +218,8 @@ def test_large_scores_count_as_a_long_sum() -> None:
     q[..., 0] = 40.0
     assert terms.of_tensors(record, [q, q, q], {"scale": None}) == 400**2
     assert terms.of_tensors(record, [q, q, q], {"scale": 0.001}) == 16
+    q[..., 1] = 40.0
+    assert terms.of_tensors(record, [q, q * torch.tensor([1.0, -1.0] * 8), q], {"scale": None}) == 800**2  # they cancel
 
 
 def test_shared_factors_are_what_the_gain_is_an_average_over() -> None:
