@@ -80,7 +80,7 @@ class SceneCheck:
     def draws(self, case: Case) -> int:
         """Of the inputs, for the reference."""
         key = str(case.params.get("scene", ""))
-        return 1 if key.startswith("14b") else 2 if key.startswith("mini") else 12
+        return 1 if key.startswith("14b") else 2 if key.startswith(("mini", "wide")) else 12
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
