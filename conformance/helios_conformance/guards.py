@@ -46,6 +46,11 @@ def _pattern(size: int) -> Tensor:
     return torch.from_numpy(np.tile(_cycle(), -(-size // len(_cycle())))[:size])
 
 
+@functools.cache
+def _pattern_on(device: torch.device) -> Tensor:
+    return _pattern(GUARD).to(device)
+
+
 def _strides(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
     """In elements."""
     order = range(len(shape)) if layout == "permuted" else reversed(range(len(shape)))
@@ -156,11 +161,14 @@ class Allocations(TorchDispatchMode):
 
     Args:
         treatment: ``nan`` or ``zero``, for the inside.
+        device: where kernels allocate. The guard bytes are put there beforehand: while a stream is captured into a
+            graph, nothing may be copied from the host.
     """
 
-    def __init__(self, treatment: Treatment) -> None:
+    def __init__(self, treatment: Treatment, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.treatment = treatment
+        _pattern_on(device)
         self.buffers: list[tuple[Tensor, int]] = []  # and bytes between the guards
 
     @classmethod
@@ -188,7 +196,7 @@ class Allocations(TorchDispatchMode):
         size = like.element_size()
         inside = _reach(like.shape, like.stride()) * size
         buffer = torch.empty(inside + 2 * GUARD, dtype=torch.uint8, device=device)
-        guard = _pattern(GUARD).to(device)
+        guard = _pattern_on(device)
         buffer[:GUARD].copy_(guard)
         buffer[GUARD + inside :].copy_(guard)
         buffer[GUARD : GUARD + inside].fill_(0xFF if self.treatment == "nan" and not cleared else 0)

@@ -247,7 +247,7 @@ class _Watch:
         if treatment == "plain":
             yield
         else:
-            mode = Allocations(treatment)
+            mode = Allocations(treatment, self.session.backend.device)
             self.allocations.append((label, mode))
             dirty(self.session.backend.device, _sizes(node), treatment)
             with mode:

@@ -86,9 +86,9 @@ FACTORIES: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("name", FACTORIES)
 def test_allocations_are_served_poisoned_and_guarded(name: str) -> None:
     wanted = FACTORIES[name]()
-    with Allocations("zero"):
+    with Allocations("zero", torch.device("cpu")):
         cleared = FACTORIES[name]()
-    with Allocations("nan") as nan:
+    with Allocations("nan", torch.device("cpu")) as nan:
         made = FACTORIES[name]()
     assert nan.count == 1
     assert (made.shape, made.stride(), made.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
@@ -102,7 +102,7 @@ def test_allocations_are_served_poisoned_and_guarded(name: str) -> None:
 
 
 def test_zeros_stay_zeros_and_are_guarded() -> None:
-    with Allocations("nan") as mode:
+    with Allocations("nan", torch.device("cpu")) as mode:
         made = [torch.zeros(3), torch.zeros_like(LIKE), LIKE.new_zeros(2)]
     assert mode.count == 3
     assert all((t == 0).all() for t in made)
@@ -111,7 +111,7 @@ def test_zeros_stay_zeros_and_are_guarded() -> None:
 
 
 def test_results_of_compiled_kernels_are_left_alone() -> None:
-    with Allocations("nan") as mode:
+    with Allocations("nan", torch.device("cpu")) as mode:
         total = LIKE + LIKE
     assert mode.count == 0
     assert (total == 2).all()

@@ -176,7 +176,7 @@ def reads_wrapped(x: Tensor, *, count: int) -> Tensor:
     return body(wrapped(x.reshape(-1)).reshape(x.shape), count=count)
 
 
-@pytest.mark.parametrize("name", ["add", "concat", "silu", "upsample_nearest"])
+@pytest.mark.parametrize("name", ["add", "concat", "upsample_nearest"])
 def test_an_index_that_wraps_is_seen_in_what_is_written(name: str) -> None:
     _, verdict = judged(large(name), wrong(name, writes_wrapped(name)))
     assert verdict.state == "fail"

@@ -85,7 +85,6 @@ LARGE = {
         lambda n: [(_rows(n // 2), _COLUMNS)], {"dim": 0}, lambda at, s: [at % math.prod(s[0])], 7.0, again=2
     ),
     "last_frames": Large(lambda n: [(1, _rows(n, 61_440), 64, 24, 40)], {"count": 1}, _last_source, 5.0),
-    "silu": Large(lambda n: [(_rows(n), _COLUMNS)], {}, lambda at, _: [at], 23.0),
     "upsample_nearest": Large(lambda n: [(1, _rows(n, 15_360), 4, 24, 40)], {}, _up_source, 6.0),
 }
 """Indices into what a kernel reads (``last_frames``), into what it writes (``upsample_nearest``), and into both."""
