@@ -43,8 +43,8 @@ def terms(record: op.Op[Any, Any], types: Sequence[Any], attrs: Mapping[str, Any
 def of_tensors(record: op.Op[Any, Any], tensors: Sequence[Any], attrs: Mapping[str, Any]) -> int:
     """The same for operands, of which attention's count by their values too.
 
-    An absolute error of a score is a relative error of its probability, and a score errs by about u times the sum of its
-    terms' sizes: the largest such sum counts as the root of K.
+    An absolute error of a score is a relative error of its probability, and a score errs by about u times the sum of
+    the sizes of its terms: the largest such sum counts as the root of K.
     """
     k = terms(record, types_of(tensors), attrs)
     if record.name == "attention":

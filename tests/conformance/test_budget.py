@@ -196,7 +196,7 @@ def test_lengths_of_known_sums() -> None:
     def longest(name: str, case: str) -> int:
         record = op.get(name)
         sample = next(s for s in record.samples() if s.name == case)
-        return terms.of_tensors(record, sample.make(BF16), sample.attrs)
+        return terms.terms(record, types_of(sample.make(BF16)), sample.attrs)
 
     assert longest("linear", "wide") == 512
     assert longest("attention", "head128") == 257
@@ -208,7 +208,6 @@ def test_lengths_of_known_sums() -> None:
     assert longest("renoise_upsample", "small") == 4
     assert longest("cfg_zero_star", "odd") == 3 * 2 * 5 * 7
     assert longest("rope", "small") == 1
-    assert longest("scale_history_keys", "shared") == 9
 
 
 def test_large_scores_count_as_a_long_sum() -> None:
@@ -224,7 +223,9 @@ def test_large_scores_count_as_a_long_sum() -> None:
 
 def test_shared_factors_are_what_the_gain_is_an_average_over() -> None:
     record = op.get("scale_history_keys")
-    assert terms.factors(record, [torch.zeros(1, 9, 4, 8), torch.zeros(4)]) == 4
+    keys = [torch.zeros(1, 9, 4, 8), torch.zeros(4)]
+    assert terms.factors(record, keys) == 4
+    assert terms.of_tensors(record, keys, {"split": 5}) == 9
     assert terms.factors(op.get("rope"), [torch.zeros(1)]) is None
     oracle = torch.randn(9000, dtype=F64, generator=torch.Generator().manual_seed(1))
     alone, shared = (budget.allowed("round", F32, 1, oracle, budget.NONE, n).gain for n in (None, 4))
