@@ -257,8 +257,8 @@ def judge_node(node: Node, operands: Sequence[Any], came: Mapping[str, Tensor]) 
     longest = terms.of_tensors(record, operands, attrs)
     for name, right in oracle.items():
         errors = budget.measure(came[name], right)
-        along = budget.directions(right)
-        bounds = budget.bounds(record.kind, came[name].dtype, longest, errors.count, references[name], along)
+        shared = terms.factors(record, operands)
+        bounds = budget.allowed(record.kind, came[name].dtype, longest, right, references[name], shared)
         judged[name] = Judged(errors, bounds, references[name])
         reasons += [f"{name}: {line}" for line in budget.exceeded(errors, bounds)]
     return judged, reasons
@@ -356,8 +356,7 @@ class _Golden:
         for name, value in (("at", end.value),) if end is not None else self.subject.graph.outputs:
             oracle = self.wide[value.name]
             errors, reference = budget.measure(came[name], oracle), budget.measure(self.narrow[value.name], oracle)
-            along = budget.directions(oracle)
-            bounds = budget.bounds("fused", came[name].dtype, longest, errors.count, reference, along)
+            bounds = budget.allowed("fused", came[name].dtype, longest, oracle, reference)
             judged[name] = Judged(errors, bounds, reference)
             reasons += [f"{name}: {line}" for line in budget.exceeded(errors, bounds)]
         return judged, reasons

@@ -164,8 +164,7 @@ def judge_kept(
             continue
         errors = budget.measure(kept.values, right)
         known = references.get(case.id, name)
-        along = budget.directions(right)
-        bounds = budget.bounds("fused", output.type.dtype, output.terms, errors.count, known, along)
+        bounds = budget.allowed("fused", output.type.dtype, output.terms, right, known)
         judged[name] = Judged(errors, bounds, known)
         reasons += [f"{name}: {line}" for line in budget.exceeded(errors, bounds)]
     return judged, reasons

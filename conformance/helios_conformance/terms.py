@@ -41,12 +41,14 @@ def terms(record: op.Op[Any, Any], types: Sequence[Any], attrs: Mapping[str, Any
 
 
 def of_tensors(record: op.Op[Any, Any], tensors: Sequence[Any], attrs: Mapping[str, Any]) -> int:
-    """The same for operands, of which attention's count by their values too.
+    """The same for operands, of which those of attention and of the timestep count by their values too.
 
     An absolute error of a score is a relative error of its probability, and a score errs by about u times the sum of
     the sizes of its terms: the largest such sum counts as the root of K.
     """
     k = terms(record, types_of(tensors), attrs)
+    if record.name == "timestep_embedding":  # an angle errs by its size times the error of its frequency
+        return max(k, math.ceil(float(tensors[0].abs().max()) ** 2))
     if record.name == "attention":
         return max(k, math.ceil(_largest_score(tensors[0], tensors[1], attrs.get("scale")) ** 2))
     return max(k, _CHAINED.get(record.name, 1))

@@ -155,7 +155,8 @@ def _judge(
     o = torch.where(reached, ordinary, oracle)
     errors, reference = budget.measure(y, o), references.get(values_case(case).id, name)
     longest = terms.of_tensors(clean.record, clean.tensors, clean.attrs)
-    allowed = budget.bounds(clean.record.kind, y.dtype, longest, errors.count, reference, budget.directions(o))
+    shared = terms.factors(clean.record, clean.tensors)
+    allowed = budget.allowed(clean.record.kind, y.dtype, longest, o, reference, shared)
     return wrong or budget.exceeded(errors, allowed), Judged(errors, allowed, reference)
 
 
