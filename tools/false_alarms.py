@@ -1,6 +1,7 @@
-"""Right backends on the op cases, seed after seed: how many fail, and how near to its bound each statistic comes.
+"""Right backends on the suite's cases, seed after seed: how many fail, and how near to its bound each statistic comes.
 
-Usage: ``python tools/false_alarms.py [--backend NAME]… [--seeds N] [--suite quick|full] [ID…]``. Exit 1 if any fails.
+Usage: ``python tools/false_alarms.py [--backend NAME]… [--precision P]… [--level LEVEL] [--seeds N]
+[--suite quick|full] [ID…]``. ``--level`` is the highest that runs. Exit 1 if any case fails.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import torch
 
 from helios.backend import select
 from helios_conformance import execute, references, suite
-from helios_conformance.case import PRECISIONS, Case, Verdict
+from helios_conformance.case import LEVELS, PRECISIONS, Case, Verdict
 from helios_conformance.draws import Root
 from helios_conformance.session import Session
 
-CHECKS = ("op_values", "plan_nodes")
 STATISTICS = ("norm", "worst", "gain", "misrounded")
 
 
@@ -28,13 +28,16 @@ def main() -> int:
     parser.add_argument("--backend", action="append", default=[])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--suite", choices=("quick", "full"), default="quick")
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, default=[])
+    parser.add_argument("--level", choices=LEVELS[:-1], default="pipeline")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     known = references.committed()
     failed = 0
     for name in arguments.backend or ("reference", "cpu"):
-        for precision in PRECISIONS:
-            cases = [c for c in suite.choose(precision, arguments.suite, ["ops"], arguments.ids) if c.check in CHECKS]
+        for precision in arguments.precision or PRECISIONS:
+            levels = suite.levels_up_to(arguments.level)
+            cases = suite.choose(precision, arguments.suite, levels, arguments.ids)
             started = time.perf_counter()
             nearest: dict[str, tuple[float, str]] = {}
             wrong = 0
