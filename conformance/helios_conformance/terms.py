@@ -43,14 +43,15 @@ def terms(record: op.Op[Any, Any], types: Sequence[Any], attrs: Mapping[str, Any
 def of_tensors(record: op.Op[Any, Any], tensors: Sequence[Any], attrs: Mapping[str, Any]) -> int:
     """The same for operands, of which those of attention and of the timestep count by their values too.
 
-    An absolute error of a score is a relative error of its probability, and a score errs by about u times the sum of
-    the sizes of its terms: the largest such sum counts as the root of K.
+    An absolute error of a score is a relative error of its probability. A score is a sum of d terms; where an early one
+    is large, each of the d roundings is of that size: √d/2 times the sum of the sizes of its terms is the root of K.
     """
     k = terms(record, types_of(tensors), attrs)
     if record.name == "timestep_embedding":  # an angle errs by its size times the error of its frequency
         return max(k, math.ceil(float(tensors[0].abs().max()) ** 2))
     if record.name == "attention":
-        return max(k, math.ceil(_largest_score(tensors[0], tensors[1], attrs.get("scale")) ** 2))
+        score = _largest_score(tensors[0], tensors[1], attrs.get("scale"))
+        return max(k, math.ceil(int(tensors[0].shape[3]) * score**2 / 4))
     return max(k, _CHAINED.get(record.name, 1))
 
 

@@ -211,14 +211,16 @@ def test_lengths_of_known_sums() -> None:
 
 
 def test_large_scores_count_as_a_long_sum() -> None:
-    """A score of 400 that errs by u of itself changes its probability by 400 u."""
+    """A score of 400, each of its sixteen roundings one of 400: the probability errs by up to 400 u · √16 / 2."""
     record = op.get("attention")
     q = torch.zeros(1, 3, 1, 16)
     q[..., 0] = 40.0
-    assert terms.of_tensors(record, [q, q, q], {"scale": None}) == 400**2
+    assert terms.of_tensors(record, [q, q, q], {"scale": None}) == 800**2
     assert terms.of_tensors(record, [q, q, q], {"scale": 0.001}) == 16
     q[..., 1] = 40.0
-    assert terms.of_tensors(record, [q, q * torch.tensor([1.0, -1.0] * 8), q], {"scale": None}) == 800**2  # they cancel
+    assert (
+        terms.of_tensors(record, [q, q * torch.tensor([1.0, -1.0] * 8), q], {"scale": None}) == 1600**2
+    )  # they cancel
 
 
 def test_shared_factors_are_what_the_gain_is_an_average_over() -> None:
