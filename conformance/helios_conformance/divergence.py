@@ -21,7 +21,7 @@ from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Judged, Kept, Observation, Verdict
 from helios_conformance.draws import Root
 from helios_conformance.graph_runs import chosen_of, keep
-from helios_conformance.videos import Video, pipeline_of
+from helios_conformance.videos import Video, coverage_of, pipeline_of
 
 if TYPE_CHECKING:
     from helios_conformance.references import References
@@ -58,8 +58,8 @@ class FreeRun:
             digests.append(kept[name].digest)
             relative.append(float((latents.double() - right).norm() / right.norm()))
             psnr.append(_psnr(frames, shown))
-        assert pipeline.coverage is not None
-        return Observation(kept, {"relative": relative, "psnr": psnr, "digests": digests}, pipeline.coverage.rows())
+        facts = {"relative": relative, "psnr": psnr, "digests": digests}
+        return Observation(kept, facts, coverage_of(pipeline))
 
     def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
         chunks = int(case.params["chunks"])

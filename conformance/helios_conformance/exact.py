@@ -15,7 +15,14 @@ from helios_conformance.case import Case, Observation, Suite, Verdict
 from helios_conformance.draws import Root
 from helios_conformance.graph_runs import Wanted, judge_kept, keep
 from helios_conformance.selection import digest
-from helios_conformance.videos import Video, first_chunk_errors, golden_video, pipeline_of, state_through_bytes
+from helios_conformance.videos import (
+    Video,
+    coverage_of,
+    first_chunk_errors,
+    golden_video,
+    pipeline_of,
+    state_through_bytes,
+)
 
 if TYPE_CHECKING:
     from helios_conformance.references import References
@@ -140,8 +147,7 @@ class Same:
         facts = {name: {str(c.index): [digest(c.latents), digest(c.frames)] for c in run} for name, run in made.items()}
         begun = _begun(scenario)
         kept = {run.name: keep(root, case, run.name, made[run.name][0].latents, len(begun)) for run in begun}
-        assert pipeline.coverage is not None
-        return Observation(kept, {"digests": facts}, pipeline.coverage.rows())
+        return Observation(kept, {"digests": facts}, coverage_of(pipeline))
 
     def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
         scenario = scenarios()[case.params["scene"]]

@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from helios_conformance.references import References
     from helios_conformance.session import Session
 
-__all__ = ["SceneCheck", "Wanted", "chosen_of", "judge_kept", "keep", "largest", "longest_sum", "wanted_of"]
+__all__ = [
+    "SceneCheck",
+    "Wanted",
+    "chosen_of",
+    "judge_kept",
+    "keep",
+    "largest",
+    "longest_sum",
+    "misshapen",
+    "wanted_of",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,8 +46,8 @@ class Wanted:
 class SceneCheck:
     """Runs and judges cases that are scenes; who inherits says what scene a case is.
 
-    Beside the outputs one fact: ``again_equal``, whether the first call gave the same bits once more after all
-    others.
+    Beside the outputs two facts: ``again_equal``, whether the first call gave the same bits once more after all
+    others, and ``engine``, whether the graphs run whole.
     """
 
     name: str
@@ -55,7 +65,8 @@ class SceneCheck:
         program.load(scene.weights(dtype))
         outputs, again = _run(program, calls, session)
         kept = {name: keep(session.root, case, name, x, len(outputs)) for name, x in outputs.items()}
-        return Observation(kept, {"again_equal": again}, program.coverage.rows())
+        facts = {"again_equal": again, "engine": session.is_engine(program)}
+        return Observation(kept, facts, program.coverage.rows())
 
     def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
         scene = self.scene(case)
@@ -154,7 +165,7 @@ def judge_kept(
     reasons: list[str] = []
     for name, output in wanted.items():
         kept = observation.outputs[name]
-        wrong = _misshapen(kept, output.type)
+        wrong = misshapen(kept, output.type)
         if wrong:
             reasons.append(f"{name}: {wrong}")
             continue
@@ -170,7 +181,8 @@ def judge_kept(
     return judged, reasons
 
 
-def _misshapen(kept: Kept, wanted: TensorType) -> str:
+def misshapen(kept: Kept, wanted: TensorType) -> str:
+    """What is wrong with an output before any number is compared: its type, or an element that is not finite."""
     name = dtype_name(wanted.dtype)
     if tuple(kept.shape) != wanted.shape or kept.dtype != name or kept.values.dtype != wanted.dtype:
         return f"came as {kept.dtype}{list(kept.shape)}, wanted {name}{list(wanted.shape)}"

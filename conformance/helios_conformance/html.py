@@ -145,7 +145,7 @@ def _loud(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         told.append(("Quick", "The quick suite ran: a sample of the cases, too few for a certificate."))
     if fallbacks := sum(int(number(row[3]) or 0) for row in report.get("coverage") or [] if len(row) > 3):
         told.append(("Fallback", f"{fallbacks:,} nodes ran by the reference in the backend's place."))
-    if backend.get("kind") == "engine":
+    if (report.get("scope") or {}).get("kind") == "engine":
         told.append(("Engine", "Graphs run whole on this backend: its single ops are shown, and judge nothing."))
     if report.get("tier") == "self-tested":
         told.append(("Self-tested", "The party that ran the suite chose its random numbers; nobody watched."))

@@ -1,7 +1,8 @@
 """The cases of the suite as items of pytest, with the ids that ``helios certify --filter`` takes.
 
-A required case that is unsupported or was not run fails: what did not run is never green. For a whole-graph engine
-single ops are diagnostic, so there they are expected failures.
+A required case that is unsupported or was not run fails: what did not run is never green. What no certificate needs may
+be absent, but what ran and was wrong fails. For a whole-graph engine single ops are diagnostic, so there they are
+expected failures.
 """
 
 from __future__ import annotations
@@ -137,16 +138,21 @@ class Bench:
         if not self._problem:
             self._kind = backend["kind"]
             try:
-                return self._crew.observe(case)[0]
+                seen = self._crew.observe(case)[0]
+                self._kind = "engine" if seen.facts.get("engine") is True else self._kind
+                return seen
             except Lost as loss:
                 return Observation(facts={"lost": str(loss)})
             except Ended as ended:
                 self._problem = str(ended)
         return Observation(facts={"not_run": self._problem})
 
-    def diagnostic(self, case: Case) -> bool:
-        """Whether nothing depends on it."""
-        return not case.required or (self._kind == "engine" and case.level == "ops")
+    def counts(self, case: Case, verdict: Verdict) -> str:
+        """What a case that did not pass is here: ``fail``, ``skip`` or ``xfail``, as in a certificate."""
+        diagnostic = self._kind == "engine" and case.level == "ops"
+        if verdict.state in ("unsupported", "not_run") and (diagnostic or not case.required):
+            return "skip"
+        return "xfail" if diagnostic else "fail"
 
     def close(self) -> None:
         import shutil
@@ -183,9 +189,10 @@ class CaseItem(pytest.Item):
         if verdict.state == "pass":
             return
         told = f"{verdict.state.replace('_', ' ')}: {verdict.reason}"
-        if not bench.diagnostic(self.case):
+        how = bench.counts(self.case, verdict)
+        if how == "fail":
             raise NotPassed(told)
-        pytest.skip(told) if verdict.state in ("unsupported", "not_run") else pytest.xfail(told)
+        pytest.skip(told) if how == "skip" else pytest.xfail(told)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         setup = self.config.stash[BENCH].setup

@@ -22,7 +22,7 @@ from helios_conformance import divergence as free
 from helios_conformance.case import Case
 from helios_conformance.run import RunResult
 
-__all__ = ["assemble", "coverage", "derived", "divergence", "dumps", "schema", "speed"]
+__all__ = ["assemble", "coverage", "derived", "divergence", "dumps", "kind", "schema", "speed", "weights"]
 
 VARIANTS = ("base", "mid", "distilled")
 """Published ways to sample; the cases take all of them."""
@@ -52,20 +52,20 @@ def assemble(result: RunResult) -> dict[str, Any]:
     precision = setup.precision or "bf16"
     name = setup.spec.partition(":")[0]
     backend = {**_BACKEND, "name": name, "label": setup.spec, **result.backend}
+    records = _records(result, precision)
     report: dict[str, Any] = {
         "format": FORMAT,
         "suite": _suite(result),
         "scope": {
             "precision": precision,
-            "kind": backend["kind"],
+            "kind": kind(backend, records),
             "variants": list(VARIANTS),
             "levels": list(setup.levels),
         },
         "setup": _setup(result),
         "backend": backend,
-        "weights": _weights(result),
         "environment": result.environment,
-        "cases": _records(result, precision),
+        "cases": records,
         "started": result.started,
         "finished": result.finished,
         "peak_rss": {"parent": 0, "worker": 0, **result.peak_rss},
@@ -77,9 +77,10 @@ def assemble(result: RunResult) -> dict[str, Any]:
 
 
 def derived(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What follows from the rest: ``coverage, divergence, realtime, verdict, tier, not_proved, reproduce``."""
+    """What follows from the rest: ``weights, coverage, divergence, realtime, verdict, tier, not_proved, reproduce``."""
     whole = dict(report)
     cases = whole["cases"]
+    whole["weights"] = weights(whole)
     whole["coverage"] = coverage(cases)
     whole["divergence"] = divergence(cases)
     whole["realtime"] = speed(whole)
@@ -87,7 +88,7 @@ def derived(report: Mapping[str, Any]) -> dict[str, Any]:
     whole["verdict"] = verdict.conclude(whole)
     whole["not_proved"] = verdict.not_proved(whole)
     whole["reproduce"] = [_again(whole)]
-    names = ("coverage", "divergence", "realtime", "tier", "verdict", "not_proved", "reproduce")
+    names = ("weights", "coverage", "divergence", "realtime", "tier", "verdict", "not_proved", "reproduce")
     return {name: whole[name] for name in names}
 
 
@@ -138,12 +139,28 @@ def _setup(result: RunResult) -> dict[str, Any]:
     }
 
 
-def _weights(result: RunResult) -> dict[str, Any]:
-    """Where weights came from: a checkpoint's identity is told by whoever read it, in the options."""
-    told = result.setup.options.get("checkpoint")
-    if result.setup.model is None or not isinstance(told, Mapping):
-        return {"origin": "random", "seed": result.setup.root.seed, "scale": SCALE}
-    return {"origin": "checkpoint", "sha256": told["sha256"], "name": told["name"]}
+def kind(backend: Mapping[str, Any], cases: Iterable[Mapping[str, Any]]) -> str:
+    """``kernels`` or ``engine``: who runs any case's graph whole is an engine, whatever else it runs op by op, and
+    claims what an engine may claim."""
+    whole = any(case["facts"].get("engine") is True for case in cases)
+    return "engine" if whole else str(backend["kind"])
+
+
+def weights(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Which weights ran. Every level draws them but realtime, which reads a checkpoint where one is given; its
+    identity is told by whoever read it, in the options. A checkpoint that no timed run used is none."""
+    drawn = {"seed": report["suite"]["seed"], "scale": SCALE}
+    given = report["setup"]["options"].get("checkpoint")
+    if not isinstance(given, Mapping) or not any(map(_read_checkpoint, report["cases"])):
+        return {"origin": "random", **drawn}
+    levels = {level: "checkpoint" if level == "realtime" else "random" for level in report["suite"]["levels"]}
+    return {"origin": "checkpoint", "sha256": given["sha256"], "name": given["name"], "levels": levels, **drawn}
+
+
+def _read_checkpoint(case: Mapping[str, Any]) -> bool:
+    setting = case["facts"].get("setting")
+    timed = case["level"] == "realtime" and isinstance(setting, Mapping)
+    return timed and setting.get("weights") == "checkpoint"
 
 
 def _records(result: RunResult, precision: str) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class Setup:
         filters: ids; empty for all cases.
         root: of all draws.
         variant: published way to sample, for the realtime level.
-        model: folder of a checkpoint, or None for random weights.
+        model: folder of a checkpoint that the level realtime times, or None: all else draws its weights.
         options: JSON values: size, steps, height, width, chunks, seconds, soak …
         out: the run folder, which becomes the bundle.
         timeout_factor: on the time that each case is given.

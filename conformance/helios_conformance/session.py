@@ -31,7 +31,7 @@ class Session:
         backend: under judgement.
         root: of all draws.
         fallback: ``error`` always, in a run that may certify.
-        model: folder or None: what the levels pipeline and realtime may use instead of random weights.
+        model: folder or None: what the level realtime times instead of random weights.
         options: of the run, JSON values: what the command line set of size, steps, chunks, seconds, soak …
         tell: hands a JSON object to the parent at once, while the case runs. The parent stamps its arrival with its own
             clock, counted from the moment it sent the case, and hands all of them to ``judge`` as

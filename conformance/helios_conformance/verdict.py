@@ -47,7 +47,7 @@ def conclude(report: Mapping[str, Any]) -> dict[str, Any]:
     closed = _complete(report, needed) and all(levels[level]["state"] != "not_run" for level in needed)
     return {
         "word": word,
-        "sentence": _sentence(report, word, reasons),
+        "sentence": _sentence(report, word, reasons, [n for n in needed if levels[n]["state"] == "pass"]),
         "closed": closed,
         "levels": levels,
         "reasons": reasons,
@@ -177,11 +177,15 @@ def _complete(report: Mapping[str, Any], needed: Sequence[Level]) -> bool:
     return whole and bool(needed) and not report["setup"]["imported"]
 
 
-def _sentence(report: Mapping[str, Any], word: str, reasons: Sequence[str]) -> str:
-    """One sentence, scope first."""
+_KINDS = {"kernels": "as single kernels", "engine": "as an engine whose single ops are diagnostic"}
+
+
+def _sentence(report: Mapping[str, Any], word: str, reasons: Sequence[str], passed: Sequence[Level]) -> str:
+    """One sentence, scope first: of what passed the levels that count and passed, else those that were asked for."""
     told, scope, backend = report["suite"], report["scope"], report["backend"]
-    levels = told["levels"]
-    parts = [f"In {scope['precision']}", f"level{'s' * (len(levels) > 1)} {_and(levels)}", f"{told['name']} suite"]
+    asked = "asked for " if word == "not certified" else ""
+    parts = [f"In {scope['precision']}", _KINDS[scope["kind"]]]
+    parts += [asked + _levels(told["levels"] if asked else passed), f"{told['name']} suite"]
     if told["filters"]:
         parts[-1] += f" filtered to {_some(told['filters'])}"
     parts.append("variants " + _and(scope["variants"]))
@@ -198,6 +202,10 @@ def _sentence(report: Mapping[str, Any], word: str, reasons: Sequence[str]) -> s
     end = f": {reasons[0]}" if reasons else ""
     more = f" (and {len(reasons) - 1} more reason{'s' * (len(reasons) > 2)})" if len(reasons) > 1 else ""
     return f"{', '.join(parts)}: {who} {what}{end}{more}."
+
+
+def _levels(names: Sequence[str]) -> str:
+    return f"level{'s' * (len(names) > 1)} {_and(names)}" if names else "no level that counts"
 
 
 def _and(names: Iterable[str]) -> str:
@@ -227,11 +235,10 @@ def not_proved(report: Mapping[str, Any]) -> list[str]:
     ]
     missing = [level for level in LEVELS if level not in told["levels"]]
     if missing:
-        sentences.append(f"Nothing is said about level{'s' * (len(missing) > 1)} {_and(missing)}.")
+        sentences.append(f"Nothing is said about {_levels(missing)}.")
     if told["name"] == "quick" or told["filters"]:
         sentences.append("Cases were left out, so a fault that only they would show is not excluded.")
-    if report["weights"]["origin"] == "random":
-        sentences.append("Weights are random: how good videos of a published checkpoint look was not judged.")
+    sentences += _of_weights(report["weights"], told["levels"])
     if "pipeline" in told["levels"]:
         sentences.append("The divergence of a free run from the reference over its chunks is drawn, not judged.")
     if report["realtime"] is not None:
@@ -240,6 +247,19 @@ def not_proved(report: Mapping[str, Any]) -> list[str]:
         sentences.append("No speed was measured.")
     if "realtime" in told["levels"] and report["backend"]["emulated"]:
         sentences.append("Nothing emulated has a speed.")
+    sentences += realtime.remarks(report["realtime"])
     if any(tree and tree["dirty"] for tree in report["environment"]["git"].values()):
         sentences.append("The source tree had changes that its commit does not name.")
     return sentences
+
+
+def _of_weights(weights: Mapping[str, Any], levels: Sequence[Level]) -> Iterable[str]:
+    """No level judges how a checkpoint's videos look: where one was read, its videos were timed."""
+    looks = "how good videos of a published checkpoint look was not judged"
+    if weights["origin"] == "random":
+        yield f"Weights are random: {looks}."
+        return
+    drawn = [level for level in levels if level != "realtime"]
+    if drawn:
+        yield f"Weights were random at {_levels(drawn)}: what they judge was not judged of the checkpoint."
+    yield f"The checkpoint {weights['name']!r} ran at level realtime alone, timed: {looks}."

@@ -35,6 +35,7 @@ __all__ = [
     "GoldenChunk",
     "Video",
     "chunk_after",
+    "coverage_of",
     "decoded",
     "first_chunk_errors",
     "frame_digests",
@@ -197,6 +198,13 @@ def golden_video(video: Video, root: Root, precision: str) -> tuple[GoldenChunk,
         made.append(GoldenChunk(state, chunk.latents))
         state = rounded_state(chunk.state, PRECISIONS[precision])
     return tuple(made)
+
+
+def coverage_of(pipeline: Pipeline) -> list[tuple[str, int, int, int, str]]:
+    """How the ops of all programs of a pipeline ran, the autoencoder's included: a row of op, native, fused, fallback
+    and reason for each op of each program."""
+    made = [pipeline.coverage, *pipeline.codec.coverage]
+    return [row for coverage in made if coverage is not None for row in coverage.rows()]
 
 
 def rounded_state(state: RunState, dtype: torch.dtype) -> RunState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from helios.model.vae_run import VaeRunner, decode_graphs, encode_graphs
 from helios.model.vae_split import Half, Split, Tile, choose_split
 from helios.op import accumulator
 from helios.ops.conv import sample_posterior
-from helios.program import Program, WeightReader
+from helios.program import Coverage, Program, WeightReader
 
 __all__ = ["Codec", "free_memory", "to_host"]
 
@@ -54,6 +54,12 @@ class Codec:
         self.dtype, self.fallback = dtype, fallback
         self._splits: dict[tuple[int, int, int, int, Half], Split] = {}
         self._slots: dict[Half, _Slot] = {"decode": _Slot(), "encode": _Slot()}
+        self._coverage: dict[Hashable, Coverage] = {}
+
+    @property
+    def coverage(self) -> Sequence[Coverage]:
+        """How the ops run of every program that was made so far, also of those that others replaced."""
+        return [*self._coverage.values()]
 
     def choose(self, batch: int, latents: int, height: int, width: int, half: Half = "decode") -> Split:
         """The largest groups of latents that fit into half of what is free when a size is first asked for.
@@ -106,6 +112,7 @@ class Codec:
             slot.program = None  # free the old one before the new one is made
             slot.program = lower(graphs, self.backend, fallback=self.fallback)
             slot.program.load(self.weights)
+            self._coverage[key] = slot.program.coverage
             slot.key = key
         program = slot.program
         return VaeRunner(self.config, lambda g, inputs: program.run(g.name, inputs), dtype=self.dtype, split=split)

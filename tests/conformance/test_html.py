@@ -172,7 +172,7 @@ def test_the_same_report_gives_the_same_bytes() -> None:
         ({"tier": "self-tested"}, "nobody watched"),
         ({"tier": "imported"}, "The results came as files"),
         ({"coverage": [["linear", 0, 0, 7, "no kernel"]]}, "7 nodes ran by the reference"),
-        ({"backend": {"kind": "engine"}}, "Graphs run whole"),
+        ({"scope": {"kind": "engine"}}, "Graphs run whole"),
     ],
 )
 def test_what_must_not_be_overlooked_is_said_loudly(change: dict[str, Any], word: str) -> None:

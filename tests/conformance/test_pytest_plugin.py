@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helios_conformance import pytest_cases, suite
+from helios_conformance.case import Level, State, Verdict
 from helios_conformance.pytest_plugin import asked_for
 
 pytest_plugins = ["pytester"]
@@ -91,16 +92,24 @@ def test_one_case_by_its_node_id(pytester: pytest.Pytester) -> None:
     done.assert_outcomes(passed=1)
 
 
-def test_optional_and_diagnostic_cases_are_not_red() -> None:
-    case = suite.find("add[fp32,small]")
+@pytest.mark.parametrize(
+    ("kind", "level", "required", "wanted"),
+    [
+        ("kernels", "ops", True, {"fail": "fail", "unsupported": "fail", "not_run": "fail"}),
+        # What no certificate needs may be absent, but not wrong.
+        ("kernels", "ops", False, {"fail": "fail", "unsupported": "skip", "not_run": "skip"}),
+        ("engine", "ops", True, {"fail": "xfail", "unsupported": "skip", "not_run": "skip"}),
+        ("engine", "blocks", True, {"fail": "fail", "unsupported": "fail", "not_run": "fail"}),
+        ("engine", "blocks", False, {"fail": "fail", "unsupported": "skip", "not_run": "skip"}),
+    ],
+)
+def test_what_did_not_pass_counts_as_in_a_certificate(
+    kind: str, level: Level, required: bool, wanted: dict[State, str]
+) -> None:
+    case = dataclasses.replace(suite.find("add[fp32,small]"), level=level, required=required)
     bench = pytest_cases.Bench.__new__(pytest_cases.Bench)
-    bench._kind = "kernels"
-    assert not bench.diagnostic(case)
-    assert bench.diagnostic(dataclasses.replace(case, required=False))
-    assert not bench.diagnostic(dataclasses.replace(case, level="blocks"))
-    bench._kind = "engine"
-    assert bench.diagnostic(case)
-    assert not bench.diagnostic(dataclasses.replace(case, level="blocks"))
+    bench._kind = kind
+    assert {state: bench.counts(case, Verdict(state, "why")) for state in wanted} == wanted
 
 
 @pytest.mark.parametrize(

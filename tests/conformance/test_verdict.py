@@ -54,8 +54,8 @@ def test_a_complete_closed_scope_is_certified() -> None:
     found = verdict.conclude(told())
     assert (found["word"], found["closed"], found["reasons"]) == ("certified", True, [])
     assert found["sentence"] == (
-        "In bf16, levels ops, blocks, model and pipeline, full suite, variants base, mid and distilled: "
-        "backend cpu on a CPU is certified, self-tested."
+        "In bf16, as single kernels, levels ops, blocks, model and pipeline, full suite, "
+        "variants base, mid and distilled: backend cpu on a CPU is certified, self-tested."
     )
     assert {level: row["state"] for level, row in found["levels"].items()} == dict.fromkeys(LEVELS[:4], "pass") | {
         "realtime": "not_run"
@@ -181,6 +181,35 @@ def test_an_engines_single_ops_are_diagnostic() -> None:
     assert verdict.conclude(failing)["word"] == "not certified"
 
 
+def test_an_engines_sentence_is_not_that_of_a_backend_of_kernels() -> None:
+    """Its single ops do not count, so they are not named, whether they failed or passed."""
+    for state in ("fail", "pass"):
+        report = told(ops_0=state)
+        report["scope"]["kind"] = "engine"
+        assert verdict.conclude(report)["sentence"] == (
+            "In bf16, as an engine whose single ops are diagnostic, levels blocks, model and pipeline, full suite, "
+            "variants base, mid and distilled: backend cpu on a CPU is certified, self-tested."
+        )
+    only = told(1)
+    only["scope"]["kind"] = "engine"
+    assert "diagnostic, no level that counts, full suite" in verdict.conclude(only)["sentence"]
+
+
+def test_a_filtered_run_names_the_levels_that_it_had_cases_of() -> None:
+    sentence = verdict.conclude(told(4, filters=("ops_0", "model_1")))["sentence"]
+    assert sentence.startswith(
+        "In bf16, as single kernels, levels ops and model, full suite filtered to ops_0, model_1"
+    )
+    one = verdict.conclude(told(4, filters=("ops_0",)))["sentence"]
+    assert "as single kernels, level ops, full suite filtered to ops_0" in one
+
+
+def test_what_is_not_certified_names_what_was_asked_for() -> None:
+    sentence = verdict.conclude(told(2, blocks_0="fail"))["sentence"]
+    assert "as single kernels, asked for levels ops and blocks, full suite" in sentence
+    assert "is not certified: level blocks: 1 of 3 failed: blocks_0[bf16]" in sentence
+
+
 def test_imported_results_are_called_that() -> None:
     report = told()
     report["setup"]["imported"] = True
@@ -202,10 +231,29 @@ def test_what_is_not_proved() -> None:
     assert any("Weights are random" in s for s in plain)
     assert not any("Cases were left out" in s for s in plain)
     report = copy.deepcopy(told(5, "quick"))
-    report |= {"realtime": {"fps": {}}, "weights": {"origin": "checkpoint"}}
+    report |= {"realtime": {"fps": {}}, "weights": {"origin": "checkpoint", "name": "Helios-Distilled"}}
     report["environment"]["git"]["backend"] = {"commit": "0" * 40, "dirty": True}
     more = verdict.not_proved(report)
     assert any("attested, not proved" in s for s in more)
     assert any("Cases were left out" in s for s in more)
     assert any("changes that its commit does not name" in s for s in more)
-    assert not any("Nothing is said" in s or "random" in s for s in more)
+    assert not any("Nothing is said" in s for s in more)
+    assert "Weights were random at levels ops, blocks, model and pipeline: what they judge" in " ".join(more)
+    assert "'Helios-Distilled' ran at level realtime alone, timed: how good videos of a published" in " ".join(more)
+
+
+def sheet(*ceilings: tuple[str, float, str]) -> dict[str, Any]:
+    rows = [{"what": what, "best": best, "unit": unit, "dtype": "bfloat16"} for what, best, unit in ceilings]
+    return {"datasheet": {"device": "H100 SXM", "bf16": 1e15, "bandwidth": 4e12}, "ceilings": rows}
+
+
+def test_ceilings_far_below_the_data_sheet_of_the_name_are_remarked_upon() -> None:
+    def said(section: Any) -> str:
+        return " ".join(s for s in verdict.not_proved(told(5) | {"realtime": section}) if "named by its host" in s)
+
+    right = said(sheet(("linear", 7.1e14, "FLOP/s"), ("attention", 1e14, "FLOP/s"), ("copy", 3.6e12, "B/s")))
+    assert "of linear 71 % and of copy 90 % of what the data sheet gives for H100 SXM." in right
+    slow = said(sheet(("linear", 7.1e13, "FLOP/s")))
+    assert "of linear 7 % of what the data sheet gives for H100 SXM: a slower device under that name" in slow
+    assert said(sheet()) == said({"datasheet": None, "ceilings": []}) == ""
+    assert "malformed" in " ".join(verdict.not_proved(told(5) | {"realtime": sheet() | {"ceilings": [3]}}))

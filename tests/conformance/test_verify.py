@@ -56,7 +56,7 @@ EDITS: dict[str, tuple[Edit, bool, str]] = {
         True,
         r"outputs\.o0\.reference\.norm",
     ),
-    "a state turned green": (lambda r: case(r).update(state="fail"), True, r"it says fail, recomputed pass"),
+    "a state turned red": (lambda r: case(r).update(state="fail"), True, r"it says fail, recomputed pass"),
     "a missing case": (lambda r: r["cases"].pop(2), True, r"a case that such a run takes is missing"),
     "a case twice": (lambda r: r["cases"].append(r["cases"][0]), True, r"it is there 2 times"),
     "another order": (lambda r: r["cases"].reverse(), True, r"not in the suite's order"),
@@ -70,7 +70,15 @@ EDITS: dict[str, tuple[Edit, bool, str]] = {
         True,
         r"cases\.add\[bf16,small\]",
     ),
-    "a seed that the weights do not have": (lambda r: r["suite"].update(seed=8), True, r"weights: random weights of"),
+    "a seed that the weights do not have": (lambda r: r["weights"].update(seed=8), False, r"weights\.seed"),
+    "a checkpoint that nothing read": (
+        lambda r: r.update(
+            weights={"origin": "checkpoint", "sha256": "0" * 64, "name": "x", "seed": 7, "levels": {}}
+            | {"scale": r["weights"]["scale"]}
+        ),
+        False,
+        r"weights\.origin",
+    ),
     "another nonce": (lambda r: r["suite"].update(nonce="aa"), True, r"cases\.rms_norm"),
     "a fallback in a certified run": (fall_back, False, r"nodes ran by the reference in a certified run"),
     "an emulated device": (
@@ -93,7 +101,7 @@ EDITS: dict[str, tuple[Edit, bool, str]] = {
     "an engine's leniency": (
         lambda r: case(r, "add[bf16,small,nan]")["facts"].update(engine=True),
         True,
-        r"facts\.engine: it contradicts scope\.kind",
+        r"scope\.kind: it says kernels, elsewhere the report says engine",
     ),
     "another class by the same name": (
         lambda r: r["backend"].update({"class": "helios_cuda:CudaBackend"}),

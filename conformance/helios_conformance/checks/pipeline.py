@@ -6,6 +6,7 @@ Each case is exact or within budget, and says which:
   what float64 makes of the device's own latents.
 - ``same``: bit for bit. The digests of every run are kept.
 - ``codec``: the video in any groups, within budget.
+- ``beside``: a video of a batch and the same video alone, both within budget of what it is alone.
 - ``free_run``: drawn, not judged; see ``divergence``.
 """
 
@@ -23,6 +24,7 @@ from helios.graph import TensorType
 from helios.model.vae_split import Split, Tile
 from helios.pipeline.codec import Codec, to_host
 from helios_conformance import budget
+from helios_conformance.beside import Beside
 from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Check, Judged, Kept, Observation, Suite, Verdict
 from helios_conformance.divergence import FreeRun
@@ -34,6 +36,7 @@ from helios_conformance.selection import digest
 from helios_conformance.videos import (
     Video,
     chunk_after,
+    coverage_of,
     decoded,
     frame_digests,
     golden_video,
@@ -104,8 +107,7 @@ class Videos:
         shares = _shares(video)
         kept = {name: keep(root, case, name, x, shares[name]) for name, x in outputs.items()}
         facts = {"frames": [frame_digests(chunk.frames) for chunk in chunks]}
-        assert pipeline.coverage is not None
-        return Observation(kept, facts, pipeline.coverage.rows())
+        return Observation(kept, facts, coverage_of(pipeline))
 
     def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
         video = videos()[case.params["scene"]]
@@ -190,7 +192,8 @@ class Codecs:
     def observe(self, case: Case, session: Session) -> Observation:
         codec = Codec(VAE, vae_weights(), session.backend, torch.float32, session.fallback)
         outputs = {name: session.to_host(x) for name, x in _coded(codec, session.root).items()}
-        return Observation({n: keep(session.root, case, n, x, len(outputs)) for n, x in outputs.items()})
+        kept = {n: keep(session.root, case, n, x, len(outputs)) for n, x in outputs.items()}
+        return Observation(kept, {}, [row for coverage in codec.coverage for row in coverage.rows()])
 
     def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
         oracle = _coded(Codec(VAE, vae_weights(), ReferenceBackend(), torch.float64), root)
@@ -220,4 +223,4 @@ def _coded(codec: Codec, root: Root) -> dict[str, Tensor]:
     return made | {f"encode_{name}": codec.encode(video, noise, Split(n)) for name, n in (("whole", 9), ("group2", 2))}
 
 
-CHECKS: tuple[Check, ...] = (Videos(), Codecs(), Same(), FreeRun())
+CHECKS: tuple[Check, ...] = (Videos(), Codecs(), Same(), Beside(), FreeRun())

@@ -63,7 +63,8 @@ Nonce = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; it keeps its settings.")]
 Patience = Annotated[float, typer.Option(metavar="X", help="Factor on the time that each case is given.")]
 Model = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="A checkpoint in place of random weights.", show_default=False)
+    Path | None,
+    typer.Option(metavar="FOLDER", help="A checkpoint for realtime to time.", show_default=False),
 ]
 Size = Annotated[str | None, typer.Option(metavar="tiny|mini|14b", help="Of realtime.", show_default="14b")]
 Steps = Annotated[str | None, typer.Option(metavar="N,N,N", help="Of realtime, a stage.", show_default="its own")]

@@ -16,6 +16,7 @@ from helios_conformance.realtime.scene import open_scene, prompt_of, seed_of
 from helios_conformance.realtime.sensors import Sensors
 from helios_conformance.realtime.timed import setting_told
 from helios_conformance.session import Session
+from helios_conformance.videos import coverage_of
 
 __all__ = ["GROWTH", "judge", "observe", "summary"]
 
@@ -45,7 +46,8 @@ def observe(case: Case, session: Session) -> Observation:
             _look,
         )
     facts = {"setting": setting_told(case, session, scene), "chunks": reel.shots, "seconds": reel.seconds}
-    return Observation(facts=facts | {"asked": options.soak, "sensors": sensors.told()})
+    told = facts | {"asked": options.soak, "sensors": sensors.told()}
+    return Observation(facts=told, coverage=coverage_of(scene.pipeline))
 
 
 def _look(chunk: Chunk) -> Mapping[str, Any]:

@@ -13,10 +13,13 @@ from helios_conformance.realtime.film import SPLIT
 from helios_conformance.realtime.options import LEAST_CHUNKS, LEAST_SECONDS
 from helios_conformance.realtime.timed import LABEL
 
-__all__ = ["MALFORMED", "REFUSED", "section", "shortcomings"]
+__all__ = ["MALFORMED", "REFUSED", "remarks", "section", "shortcomings"]
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, HeliosError)
 """What anything but this suite's own facts makes the reading of them raise."""
+
+FAR_BELOW = 0.35
+"""Part of the data sheet below which the remark says what may be behind it. Nothing is refused for it."""
 
 REFUSED = "refused"
 """The class of a run whose case did not pass: its figures may not stand."""
@@ -147,6 +150,31 @@ def _judged(
         "roofline": roofline.rows(one["facts"].get("profile", ()), ceilings, steps, run["latency"]["p50"]),
         "least_seconds": roofline.least_seconds(roofline.chunk_flops(*shape), ceilings) * run["batch"],
     }
+
+
+def remarks(told: Mapping[str, Any] | None) -> list[str]:
+    """How far the measured ceilings are from the data sheet of the device's name, a sentence; empty where none is known
+    or nothing was measured. Whatever the section holds, nothing is raised."""
+    try:
+        sheet = told["datasheet"] if told else None
+        if not told or not sheet:
+            return []
+        peaks = {"FLOP/s": sheet["bf16"], "B/s": sheet["bandwidth"]}
+        rows = [row for row in told["ceilings"] if row["what"] in ("linear", "copy") and _comparable(row)]
+        parts = [f"of {row['what']} {100 * row['best'] / peaks[row['unit']]:.0f} %" for row in rows]
+        least = min((row["best"] / peaks[row["unit"]] for row in rows), default=1.0)
+    except MALFORMED:
+        return ["The section on real time is malformed."]
+    if not parts:
+        return []
+    odd = ": a slower device under that name would look so" if least < FAR_BELOW else ""
+    of = f"of what the data sheet gives for {sheet['device']}{odd}"
+    return [f"The device is named by its host; its measured ceilings are {' and '.join(parts)} {of}."]
+
+
+def _comparable(row: Mapping[str, Any]) -> bool:
+    """Whether a ceiling was measured, and in what the data sheet speaks of."""
+    return bool(row["best"]) and (row["unit"] == "B/s" or row["dtype"] == "bfloat16")
 
 
 def shortcomings(told: Mapping[str, Any] | None) -> list[str]:

@@ -10,6 +10,7 @@ from helios_conformance import budget, selection
 from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Judged, Kept, Observation
 from helios_conformance.draws import Root
+from helios_conformance.graph_runs import misshapen
 from helios_conformance.realtime import golden
 from helios_conformance.realtime.film import Reel, settled
 from helios_conformance.realtime.options import Options
@@ -78,17 +79,23 @@ def judge_forwards(
     if not wanted:
         return judged, []
     oracle = golden.oracle(options, setting["variant"], case.precision, wanted, root)
+    graphs = golden.graphs_of(options, setting["variant"], PRECISIONS[case.precision])
+    types = {name: dict(graphs[name].outputs)["velocity"].type for name in wanted}
     reasons = []
     for name in wanted:
         label = f"{options.size}.{name}"
         kept = observation.outputs[label]
-        if tuple(oracle[name].shape) != kept.shape:
-            reasons.append(f"{label}: shape {list(kept.shape)}, wanted {list(oracle[name].shape)}")
+        if wrong := misshapen(kept, types[name]):
+            reasons.append(f"{label}: {wrong}")
             continue
         chosen = selection.selection(
             root, case.id, name, kept.shape, kept.values.dtype, kept.digest, LAYOUT, share=len(wanted)
         )
-        errors = budget.measure(kept.values, chosen.take(selection.as_matrix(oracle[name], LAYOUT)))
+        right = chosen.take(selection.as_matrix(oracle[name], LAYOUT))
+        if right.shape != kept.values.shape:
+            reasons.append(f"{label}: {kept.values.numel()} elements are kept, its digest chooses {right.numel()}")
+            continue
+        errors = budget.measure(kept.values, right)
         known = references.get(_home(case), label)
         terms = _terms(options)
         allowed = budget.bounds("fused", kept.values.dtype, terms, errors.count, known)

@@ -16,6 +16,7 @@ from helios_conformance.realtime.sensors import Sensors, allocator_peak, device_
 from helios_conformance.references import References
 from helios_conformance.selection import digest
 from helios_conformance.session import Session
+from helios_conformance.videos import coverage_of
 
 __all__ = ["LABEL", "judge", "observe", "setting_told"]
 
@@ -68,7 +69,7 @@ def _tie(case: Case, session: Session, scene: Scene, reel: Reel, facts: dict[str
     graphs = golden.graphs_of(scene.options, case.params["variant"], session.dtype(case.precision))
     facts["vae"] = scene.pipeline.plan(request)["vae"]
     facts["profile"] = roofline.profile(session, scene, program, graphs, facts["vae"])
-    return Observation(outputs, facts, program.coverage.rows())
+    return Observation(outputs, facts, coverage_of(scene.pipeline))
 
 
 def setting_told(case: Case, session: Session, scene: Scene) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from helios_conformance.realtime.film import film
 from helios_conformance.realtime.scene import open_scene, prompt_of, seed_of
 from helios_conformance.realtime.timed import setting_told
 from helios_conformance.session import Session
+from helios_conformance.videos import coverage_of
 
 __all__ = ["MOST", "judge", "observe", "summary"]
 
@@ -42,7 +43,8 @@ def observe(case: Case, session: Session) -> Observation:
         other = _request(case, session.root, turn)
         repeated = shoot("repeated", turn, *same)
         ratios.append(shoot("varied", turn, *other) / max(repeated, 1e-9))
-    return Observation(facts={"setting": setting_told(case, session, scene), "turns": turns})
+    told = {"setting": setting_told(case, session, scene), "turns": turns}
+    return Observation(facts=told, coverage=coverage_of(scene.pipeline))
 
 
 def _request(case: Case, root: Root, turn: int) -> tuple[str, int]:
