@@ -17,9 +17,6 @@ __all__ = ["ENDINGS", "judge", "observe", "run_here"]
 ENDINGS: Mapping[str, State] = {"lost": "fail", "not_run": "not_run"}
 """Facts that the runner writes where nothing came back, with their reason: the worker was lost, or was not asked."""
 
-TIMED = frozenset({"realtime_timed", "realtime_varied", "realtime_soak"})
-"""Checks whose pipelines run whether or not an output is kept of them: like every output, they must have coverage."""
-
 
 def observe(case: Case, session: Session) -> Observation:
     """Run a case. A node that the backend declared not to support is an observation; anything else that it raises is
@@ -45,10 +42,10 @@ def judge(case: Case, observation: Observation, root: Root, references: Referenc
     if portable.IMPORTED in observation.facts:
         return portable.judge(case, observation, root, references)
     verdict = checks.get(case.check).judge(case, observation, root, references)
-    ran = bool(observation.outputs) or case.check in TIMED
-    if verdict.state == "pass" and ran and not sum(sum(row[1:4]) for row in observation.coverage):
-        # Whatever gives an output is a program, and a program knows how each of its nodes runs.
-        return Verdict("fail", "a program ran, and no coverage says how: a fallback could not be seen", verdict.judged)
+    kernels = observation.facts.get("engine") is False and observation.outputs
+    # A program of kernels knows how each of its nodes runs. An engine's has no coverage, and claims less.
+    if verdict.state == "pass" and kernels and not any(sum(row[1:4]) for row in observation.coverage):
+        return Verdict("fail", "kernels ran, and no coverage says how: a fallback could not be seen", verdict.judged)
     return verdict
 
 

@@ -30,6 +30,9 @@ VARIANTS = ("base", "mid", "distilled")
 SCALE = "normal: matrices of deviation 1/√fan-in, norm weights 1 ± 0.1, biases of deviation 0.02"
 """Of random weights, see ``helios.model.random_weights.spread``."""
 
+TIMED = frozenset({"realtime_timed", "realtime_varied", "realtime_soak"})
+"""Checks whose pipelines run whether or not an output is kept of them."""
+
 _BACKEND: Mapping[str, Any] = {
     "class": None,
     "distribution": None,
@@ -142,8 +145,16 @@ def _setup(result: RunResult) -> dict[str, Any]:
 def kind(backend: Mapping[str, Any], cases: Iterable[Mapping[str, Any]]) -> str:
     """``kernels`` or ``engine``: who runs any case's graph whole is an engine, whatever else it runs op by op, and
     claims what an engine may claim."""
-    whole = any(case["facts"].get("engine") is True for case in cases)
-    return "engine" if whole else str(backend["kind"])
+    return "engine" if any(map(_whole, cases)) else str(backend["kind"])
+
+
+def _whole(case: Mapping[str, Any]) -> bool:
+    """Whether a case ran as an engine runs it: it says so, or no coverage says how its nodes ran."""
+    facts = case["facts"]
+    if facts.get("engine") is True or facts.get("engine") is False or facts.get("imported"):
+        return facts.get("engine") is True
+    ran = bool(case["outputs"]) or (case["check"] in TIMED and case["state"] == "pass")
+    return ran and not any(sum(row[1:4]) for row in case["coverage"])
 
 
 def weights(report: Mapping[str, Any]) -> dict[str, Any]:

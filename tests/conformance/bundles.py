@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from helios.backend import select
+from helios.backend import Backend, select
 from helios_conformance import bundle, checks, environment, execute, graphs, manifest, report, subject, suite, verify
 from helios_conformance.case import Case
 from helios_conformance.draws import Root
@@ -68,8 +68,10 @@ class Bundles:
         return Bundles.run(self.cases, self.result.setup.spec, Root(ROOT.seed, nonce), self.references)
 
     @staticmethod
-    def run(cases: tuple[Case, ...], spec: str, root: Root, references: References) -> Bundles:
-        backend = select(spec)
+    def run(
+        cases: tuple[Case, ...], spec: str, root: Root, references: References, backend: Backend | None = None
+    ) -> Bundles:
+        backend = backend or select(spec)
         session = Session(backend, root)
         told = subject.describe(backend, spec, session)
         started, records, tensors = now(), [], {}
