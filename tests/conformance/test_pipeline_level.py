@@ -199,3 +199,54 @@ def test_a_free_run_that_came_off_fails(free_run: Observation) -> None:
     facts = {**free_run.facts, "relative": [x / 10 for x in free_run.facts["relative"]]}
     assert "is not that of its kept latents" in reason(dataclasses.replace(free_run, facts=facts))
     assert "missing" in reason(dataclasses.replace(free_run, facts={}))
+
+
+class SecondWrong(Program):
+    """Right, but for the second video of a batch."""
+
+    def run(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> dict[str, Tensor]:
+        out = super().run(entry, inputs, context)
+        return {name: self._turned(x) for name, x in out.items()}
+
+    @staticmethod
+    def _turned(x: Tensor) -> Tensor:
+        if x.ndim != 5 or x.shape[0] != 2:
+            return x
+        return torch.cat([x[:1], x[1:] * 1.25])
+
+
+class SecondHeard(Program):
+    """The second video of a batch is led by the first one's text."""
+
+    def bind(self, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> Context:
+        return super().bind({n: x[:1].expand_as(x) if n == "text" else x for n, x in inputs.items()}, context)
+
+
+BESIDE = [f"beside[{precision},batch2,base]" for precision in ("bf16", "fp32")]
+
+
+@pytest.mark.parametrize("case", BESIDE)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_video_beside_another_is_the_video_alone(case: str, backend: str) -> None:
+    seen, verdict = run(case, select(backend))
+    assert verdict.state == "pass", verdict.reason
+    assert set(verdict.judged) == {"batch.0", "batch.1", "alone.0", "alone.1"}
+    assert seen.outputs["alone.0"].digest != seen.outputs["alone.1"].digest
+
+
+@pytest.mark.parametrize("case", BESIDE)
+@pytest.mark.parametrize("mixin", [SecondWrong, SecondHeard])
+def test_a_backend_that_is_wrong_only_in_the_second_video_fails(case: str, mixin: type[Program]) -> None:
+    _, verdict = run(case, program_with(mixin)(ReferenceBackend()))
+    assert verdict.state == "fail"
+    wrong = {name for name in ("batch.0", "batch.1", "alone.0", "alone.1") if f"{name}: " in verdict.reason}
+    assert wrong == {"batch.1"}, verdict.reason
+
+
+def test_the_second_video_of_another_oracle_fails() -> None:
+    """It is held to the video alone: one that takes both videos' noise from the first has an oracle of its own."""
+    case = suite.find(BESIDE[1])
+    seen, _ = run(case, ReferenceBackend())
+    swapped = {**seen.outputs, "batch.1": seen.outputs["batch.0"]}
+    verdict = execute.judge(case, dataclasses.replace(seen, outputs=swapped), ROOT, committed())
+    assert "batch.1: norm" in verdict.reason
