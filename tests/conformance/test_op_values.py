@@ -138,3 +138,11 @@ def test_moved_data_is_compared_beyond_what_is_kept() -> None:
     chosen = selection.selection(ROOT, case.id, "o0", tuple(wrong.shape), wrong.dtype, told)
     kept = Kept(chosen.take(selection.as_matrix(values)), tuple(wrong.shape), "bfloat16", told, True)
     assert "digest of the whole output" in judged(case, Observation({"o0": kept}))
+
+
+@pytest.mark.parametrize("case", ["full[bf16,zero]", "rope_table[fp32,mid]"])
+def test_constants_need_no_kernel(case: str) -> None:
+    """The host computes them, so a program of nothing else has nothing to cover."""
+    observation, verdict = execute.run_here(suite.find(case), Session(ReferenceBackend(), ROOT), REFERENCES)
+    assert not observation.coverage
+    assert verdict.state == "pass"
