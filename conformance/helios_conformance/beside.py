@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,7 @@ class Beside:
         return Observation(kept, {}, coverage_of(pipeline))
 
     def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
-        right = _alone(latents_only(pipeline_of("base", root, case.precision)), root)
+        right = _oracle(root, case.precision)
         oracle = {f"{how}.{j}": x for how in ("batch", "alone") for j, x in enumerate(right)}
         wanted = {name: Wanted(TensorType(_ALONE[0].latents, torch.float32), 64) for name in oracle}
         judged, reasons = judge_kept(case, observation, root, references, oracle, wanted)
@@ -65,13 +66,19 @@ class Beside:
         rows: dict[str, list[Errors]] = {}
         for draw in range(_DRAWS):
             one = Root(64 * root.seed + draw, root.nonce)
-            right = _alone(latents_only(pipeline_of("base", one, case.precision)), one)
+            right = _oracle(one, case.precision)
             pipeline = latents_only(pipeline_of("base", one, case.precision, ReferenceBackend()))
             came = {**_batch(pipeline, one), **{f"alone.{j}": x for j, x in enumerate(_alone(pipeline, one))}}
             for name, tensor in came.items():
                 errors = budget.measure(tensor, right[int(name.rpartition(".")[2])])
                 rows.setdefault(name, []).append(errors)
         return {name: largest(errors) for name, errors in rows.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _oracle(root: Root, precision: str) -> list[Tensor]:
+    """Each video alone, in float64."""
+    return _alone(latents_only(pipeline_of("base", root, precision)), root)
 
 
 def _batch(pipeline: Pipeline, root: Root) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from helios.backend import Backend, select
 from helios_conformance import bundle, checks, environment, execute, graphs, manifest, report, subject, suite, verify
-from helios_conformance.case import Case
+from helios_conformance.case import Case, Level
 from helios_conformance.draws import Root
 from helios_conformance.record import record, tensors_of
 from helios_conformance.references import References
@@ -69,7 +69,12 @@ class Bundles:
 
     @staticmethod
     def run(
-        cases: tuple[Case, ...], spec: str, root: Root, references: References, backend: Backend | None = None
+        cases: tuple[Case, ...],
+        spec: str,
+        root: Root,
+        references: References,
+        backend: Backend | None = None,
+        levels: tuple[Level, ...] = ("ops",),
     ) -> Bundles:
         backend = backend or select(spec)
         session = Session(backend, root)
@@ -80,7 +85,7 @@ class Bundles:
             seen, verdict = execute.run_here(case, session, references)
             records.append(json.loads(json.dumps(record(case, seen, verdict, time.perf_counter() - begin))))
             tensors |= tensors_of(case.id, seen)
-        setup = Setup(spec, "bf16", "full", ("ops",), (), root)
+        setup = Setup(spec, "bf16", "full", levels, (), root)
         peak, workers = {"parent": 1 << 28, "worker": 1 << 28}, {"started": 1, "lost": 0}
         result = RunResult(setup, records, told, environment.read(told), started, now(), peak, workers)
         return Bundles(cases, references, result, tensors, graphs.of_backend("bf16", backend))
