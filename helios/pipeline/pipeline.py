@@ -229,6 +229,10 @@ class Pipeline:
             )
         return self._denoiser
 
+    def release(self) -> None:
+        """Free the transformer's program and its weights; the next request loads them anew."""
+        self._denoiser = None
+
     def _chunks(self, request: Request, state: RunState | None, progress: OnProgress | None) -> Iterator[Chunk]:
         plan = self.plan(request, state)
         state = state or self.begin(request)

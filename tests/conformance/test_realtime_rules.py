@@ -28,6 +28,7 @@ from helios_conformance.realtime import (
     section,
     sensors,
     shortcomings,
+    shown,
     soak,
     targets,
     timed,
@@ -75,6 +76,7 @@ def facts(chunk: float = 2.8, chunks: int = 50, **setting: Any) -> dict[str, Any
         "emulated": "",
     }
     run |= {"asked": {"chunks": 45, "seconds": 120.0}, "prompt": prompt_of(ROOT, ID), "seed": seed_of(ROOT, ID)}
+    seen = shown.drawn(ROOT, ID, shots[-1]["latents"], min(chunks, 64))
     return {
         "setting": run | setting,
         "load_seconds": 90.0,
@@ -87,7 +89,10 @@ def facts(chunk: float = 2.8, chunks: int = 50, **setting: Any) -> dict[str, Any
         | {"distinct": 33, "of": chunks},
         "memory": {"host": 3_000_000_000, "device": 40_000_000_000},
         "sensors": None,
-        "checked": [[i, sha("f", i), sha("l", i)] for i in (0, 1, 7, chunks - 1)],
+        "checked": [[i, sha("f", i), sha("l", i)] for i in (0, 1, 7, chunks - 1, seen)],
+        "shown": {"chunk": seen, "frames": [sha("frame", i) for i in range(33)]},
+        "vae": {"group": 9},
+        "opened": None,
         "other": sha("other"),
         "profile": [
             {"entry": "denoise.2", "op": "linear", "dtype": "bfloat16", "nodes": 1}
@@ -381,6 +386,9 @@ def test_hostile_shapes_are_refused_before_anything_is_computed() -> None:
         (lambda f: f["setting"].update(seed=1), "seed is 1"),
         (lambda f: f["setting"].update(steps=[2, 2, 2]), "steps is"),
         (lambda f: f["chunks"][5]["split"].update(denoise=99.0), "the parts of a chunk take longer"),
+        (lambda f: f["shown"].update(chunk=f["shown"]["chunk"] + 1), "was wanted"),
+        (lambda f: f["shown"].update(frames=[sha("frame")] * 33), "has 1 different frames"),
+        (lambda f: f.update(checked=[row for row in f["checked"] if row[0] != f["shown"]["chunk"]]), "not made again"),
     ],
 )
 def test_a_timed_run_fails_for_each_of_its_reasons(change: Callable[[dict[str, Any]], Any], wanted: str) -> None:

@@ -25,7 +25,7 @@ from helios.program import EMPTY, Context, Program
 from helios_conformance import record
 from helios_conformance.case import Case, Observation, Verdict
 from helios_conformance.draws import Root
-from helios_conformance.realtime import check, checks, film, section, shortcomings
+from helios_conformance.realtime import check, checks, film, inside, section, shortcomings
 from helios_conformance.references import committed
 from helios_conformance.session import Session
 
@@ -75,7 +75,8 @@ def test_a_right_backend_passes(right: list[tuple[Case, Observation, Verdict]]) 
     for case, _, verdict in right:
         # How long a chunk takes here depends on who else computes: that one reason says nothing in a test.
         assert verdict.state == "pass" or verdict.reason.startswith("varied prompts take"), (case.id, verdict.reason)
-    assert set(right[1][2].judged) == {f"tiny.denoise.{i}" for i in range(3)}
+    wanted = {f"tiny.denoise.{i}" for i in range(3)} | {f"opened.{role}" for role in inside.JUDGED}
+    assert set(right[1][2].judged) == wanted | {"shown.frames"}
 
 
 def test_the_report_of_a_right_backend(right: list[tuple[Case, Observation, Verdict]]) -> None:
@@ -108,6 +109,10 @@ def test_what_is_judged_is_the_program_that_was_timed(right: list[tuple[Case, Ob
     for outputs, wanted in (
         ({**seen.outputs, name: worse}, "gain"),
         ({n: k for n, k in seen.outputs.items() if n != name}, "no forward of denoise.1"),
+        ({**seen.outputs, name: dataclasses.replace(kept, finite=False)}, "holds NaN or infinity"),
+        ({**seen.outputs, name: dataclasses.replace(kept, dtype="float64")}, "came as float64"),
+        ({**seen.outputs, name: dataclasses.replace(kept, values=kept.values.double())}, "came as"),
+        ({**seen.outputs, name: dataclasses.replace(kept, values=kept.values[:-1])}, "elements are kept"),
     ):
         verdict = found.judge(case, dataclasses.replace(seen, outputs=outputs), ROOT, committed())
         assert verdict.state == "fail"

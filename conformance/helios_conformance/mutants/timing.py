@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import collections
+import functools
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from helios.backend import Backend
+from helios import op
+from helios.backend import Backend, Kernel
 from helios.passes import Plan
 from helios.program import EMPTY, Context, Program
 from helios_conformance.mutants.mutant import Mutant, backend_with, program_with
@@ -111,6 +115,55 @@ class _Remembers(Program):
         return dict(self._results[key])
 
 
+_PIPELINE = 4
+"""Entries that a program has at least where a whole pipeline is timed; who looks at one graph asks for fewer."""
+
+
+def _without_branch(
+    right: Callable[..., Any], x: Tensor, y: Tensor, gate: Tensor | None = None, *a: Any, **k: Any
+) -> Any:
+    """The last block's branches come to nothing: there alone the gate has one row."""
+    last = gate is not None and gate.shape[1] == 1
+    return right(x, y.new_zeros(y.shape) if last else y, gate, *a, **k)
+
+
+_BRANCHES = ("gated_add", "gated_add_adaln")
+
+
+class _Scales(Program):
+    """Velocities of the timed program are three tenths of what they should be."""
+
+    def run(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> dict[str, Tensor]:
+        outputs = super().run(entry, inputs, context)
+        if entry.startswith("denoise") and len(self.plan.steps) >= _PIPELINE:
+            outputs["velocity"] = outputs["velocity"] * 0.3
+        return outputs
+
+
+class _DecodesCoarsely(Program):
+    """Pictures have an eighth of the resolution."""
+
+    def run(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> dict[str, Tensor]:
+        outputs = super().run(entry, inputs, context)
+        if "video" in outputs:
+            size = outputs["video"].shape[2:]
+            coarse = F.avg_pool3d(outputs["video"].float(), (1, 8, 8))
+            outputs["video"] = F.interpolate(coarse, size=size, mode="nearest").to(outputs["video"].dtype)
+        return outputs
+
+
+def _skips_layers(backend: Backend) -> Backend:
+    wrong = {name: Kernel(functools.partial(_without_branch, op.get(name).fn)) for name in _BRANCHES}
+    lazy = backend_with(backend, kernels={**backend.kernels, **wrong})
+
+    class Compiling(Backend):
+        def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
+            timed = len(plan.steps) >= _PIPELINE and "denoise.0" in plan.steps
+            return lazy.compile(plan, fallback=fallback) if timed else super().compile(plan, fallback=fallback)
+
+    return backend_with(backend, Compiling)
+
+
 def _slow_clock(backend: Backend) -> Backend:
     return backend_with(backend, _SlowClock)
 
@@ -130,4 +183,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "Results are kept by their inputs: a repeated prompt costs nothing.",
         program_with(_Remembers),
     ),
+    _mutant("layers_skipped_when_timed", "The program that is timed leaves out its last block.", _skips_layers),
+    _mutant("velocity_scaled_when_timed", "The program that is timed gives smaller velocities.", program_with(_Scales)),
+    _mutant("decoder_coarse", "Frames are decoded at an eighth of the resolution.", program_with(_DecodesCoarsely)),
 )

@@ -24,11 +24,27 @@ from helios_conformance.draws import Root
 from helios_conformance.realtime.options import Options
 from helios_conformance.realtime.scene import drawn_model
 
-__all__ = ["AFFORDABLE", "bind", "contexts", "draw", "entries", "forward", "graphs_of", "oracle", "setting_of"]
+__all__ = [
+    "AFFORDABLE",
+    "SIZES",
+    "bind",
+    "contexts",
+    "draw",
+    "entries",
+    "forward",
+    "graphs_of",
+    "oracle",
+    "outputs_of",
+    "setting_of",
+]
 
 AFFORDABLE = 1e12
 """FLOP of the oracle in float64 that a host computes within a minute: all of tiny and of small pictures, and of mini at
 384×640 the first stage."""
+
+
+SIZES = ("tiny", "mini")
+"""Whose whole network a host can compute; their reference errors are committed, measured at 64×64 pixels."""
 
 
 def setting_of(options: Options, variant: str, precision: str = "bf16") -> Setting:
@@ -44,7 +60,9 @@ def setting_of(options: Options, variant: str, precision: str = "bf16") -> Setti
 
 
 def entries(options: Options, variant: str, *, limit: float = AFFORDABLE) -> list[str]:
-    """Entries whose oracle together is affordable, coarsest first."""
+    """Entries whose oracle together is affordable, coarsest first; none of a size without reference errors."""
+    if options.size not in SIZES:
+        return []
     plan = plan_for(stage_graphs(setting_of(options, variant)), ReferenceBackend())
     flops = {phase.name: phase.flops for phase in phase_costs(plan)}
     spent, chosen = flops["prompt"] + flops["chunk"], []
@@ -90,6 +108,12 @@ def forward(program: Program, graphs: Mapping[str, Graph], names: list[str], roo
     """Velocities of these entries on the drawn inputs, on the device."""
     context = bind(program, contexts(graphs, root))
     return {name: program.run(name, draw({name: graphs[name]}, Rate.STEP, root), context)["velocity"] for name in names}
+
+
+def outputs_of(program: Program, graphs: Mapping[str, Graph], name: str, root: Root) -> dict[str, Tensor]:
+    """All outputs of an entry on the drawn inputs, on the device."""
+    context = bind(program, contexts(graphs, root))
+    return program.run(name, draw({name: graphs[name]}, Rate.STEP, root), context)
 
 
 def oracle(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from helios.backend import PRECISIONS
+from helios.pipeline.run import Chunk
 from helios_conformance import budget, selection
 from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Judged, Kept, Observation
 from helios_conformance.draws import Root
 from helios_conformance.graph_runs import misshapen
-from helios_conformance.realtime import golden
+from helios_conformance.realtime import golden, opened
 from helios_conformance.realtime.film import Reel, settled
 from helios_conformance.realtime.options import Options
 from helios_conformance.realtime.scene import Scene
@@ -23,9 +24,6 @@ __all__ = ["again", "forwards", "judge_forwards", "picked", "reference"]
 
 LAYOUT = Layout(row_dims=3)
 """Of a velocity ``[b, c, t, h, w]``: a row is a channel of a frame."""
-
-REFERENCE_SIZES = ("tiny", "mini")
-"""Sizes whose oracle a host can compute; their reference errors are committed, measured at 64×64 pixels."""
 
 
 def picked(root: Root, case: str, shots: Sequence[Mapping[str, Any]], kept: int) -> list[int]:
@@ -39,14 +37,12 @@ def picked(root: Root, case: str, shots: Sequence[Mapping[str, Any]], kept: int)
 
 def again(
     scene: Scene, reel: Reel, prompt: str, seed: int, steps: Sequence[int], indices: Sequence[int]
-) -> list[list[Any]]:
-    """Chunks of a reel once more, from the states before them and without a clock: index, digests."""
-    made = []
+) -> Iterator[tuple[list[Any], Chunk]]:
+    """Chunks of a reel once more, from the states before them and without a clock: index and digests, and the chunk."""
     for i in indices:
-        stream = scene.stream(prompt, seed, steps, i + 1, reel.states.get(i))
-        told = settled(next(iter(stream)), scene.pipeline.backend)
-        made.append([i, told["frames"], told["latents"]])
-    return made
+        chunk = next(iter(scene.stream(prompt, seed, steps, i + 1, reel.states.get(i))))
+        told = settled(chunk, scene.pipeline.backend)
+        yield [i, told["frames"], told["latents"]], chunk
 
 
 def forwards(case: Case, session: Session, scene: Scene) -> dict[str, Kept]:
@@ -78,6 +74,8 @@ def judge_forwards(
         return judged, [f"no forward of {', '.join(missing)} was kept"]
     if not wanted:
         return judged, []
+    # Looked up before any work: what the suite knows nothing of is not computed.
+    all_known = {name: references.get(_home(case), f"{options.size}.{name}") for name in wanted}
     oracle = golden.oracle(options, setting["variant"], case.precision, wanted, root)
     graphs = golden.graphs_of(options, setting["variant"], PRECISIONS[case.precision])
     types = {name: dict(graphs[name].outputs)["velocity"].type for name in wanted}
@@ -96,9 +94,8 @@ def judge_forwards(
             reasons.append(f"{label}: {kept.values.numel()} elements are kept, its digest chooses {right.numel()}")
             continue
         errors = budget.measure(kept.values, right)
-        known = references.get(_home(case), label)
-        terms = _terms(options)
-        allowed = budget.bounds("fused", kept.values.dtype, terms, errors.count, known)
+        known = all_known[name]
+        allowed = budget.bounds("fused", kept.values.dtype, _terms(options), errors.count, known)
         judged[label] = Judged(errors, allowed, known)
         reasons += [f"{label}: {line}" for line in budget.exceeded(errors, allowed)]
     return judged, reasons
@@ -119,7 +116,7 @@ def reference(case: Case, root: Root) -> dict[str, Errors]:
     if case.id != _home(case):
         return {}
     found: dict[str, Errors] = {}
-    for size in REFERENCE_SIZES:
+    for size in golden.SIZES:
         options = Options(size=size, height=64, width=64)
         names = golden.entries(options, case.params["variant"])
         right = golden.oracle(options, case.params["variant"], case.precision, names, root)
@@ -127,4 +124,4 @@ def reference(case: Case, root: Root) -> dict[str, Errors]:
             options, case.params["variant"], case.precision, names, root, arithmetic=PRECISIONS[case.precision]
         )
         found |= {f"{size}.{name}": budget.measure(came[name], right[name]) for name in names}
-    return found
+    return found | opened.reference(case, root)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from helios.graph import Rate
-from helios_conformance.case import Case, Judged, Observation, Verdict
+from helios_conformance.case import Case, Judged, Kept, Observation, Verdict
 from helios_conformance.draws import Root
-from helios_conformance.realtime import classes, clocks, golden, roofline, tied
+from helios_conformance.realtime import classes, clocks, golden, opened, roofline, shown, tied
 from helios_conformance.realtime.film import KEPT, Reel, film, looks
 from helios_conformance.realtime.scene import Scene, open_scene, prompt_of, seed_of
 from helios_conformance.realtime.sensors import Sensors, allocator_peak, device_bytes, host_bytes
@@ -55,21 +55,44 @@ def observe(case: Case, session: Session) -> Observation:
 
 
 def _tie(case: Case, session: Session, scene: Scene, reel: Reel, facts: dict[str, Any]) -> Observation:
-    """Everything after the clock: chunks made again, drawn forwards, the profile."""
-    setting, steps = facts["setting"], case.params["steps"]
-    # Another video in between: whoever repeats the last result, repeats that one.
-    other = scene.stream(prompt_of(session.root, case.id, "other"), setting["seed"] + 1, steps, 1)
-    facts["other"] = digest(next(iter(other)).latents)
-    picks = tied.picked(session.root, case.id, reel.shots, min(KEPT, len(reel.shots)))
+    """Everything after the clock: chunks made again, drawn forwards, the profile, and the network opened."""
+    facts["other"] = _other(case, session, scene, facts["setting"]["seed"] + 1)
     facts["rehashed"] = [[i, digest(frames)] for i, frames in reel.frames.items()]
-    facts["checked"] = tied.again(scene, reel, setting["prompt"], setting["seed"], steps, picks)
-    outputs = tied.forwards(case, session, scene)
-    request = scene.request(setting["prompt"], setting["seed"], steps)
-    program = scene.pipeline.denoiser(request).program
-    graphs = golden.graphs_of(scene.options, case.params["variant"], session.dtype(case.precision))
+    request = scene.request(facts["setting"]["prompt"], facts["setting"]["seed"], case.params["steps"])
     facts["vae"] = scene.pipeline.plan(request)["vae"]
-    facts["profile"] = roofline.profile(session, scene, program, graphs, facts["vae"])
-    return Observation(outputs, facts, coverage_of(scene.pipeline))
+    outputs = _made_again(case, session, scene, reel, facts) | tied.forwards(case, session, scene)
+    facts["profile"] = _profile(case, session, scene, facts["vae"])
+    coverage = coverage_of(scene.pipeline)
+    # The last thing: it frees the timed program.
+    inner, facts["opened"] = opened.observe(case, session, scene, reel.shots[-1]["latents"])
+    return Observation(outputs | inner, facts, coverage)
+
+
+def _other(case: Case, session: Session, scene: Scene, seed: int) -> str:
+    """Another video in between: whoever repeats the last result, repeats that one."""
+    other = scene.stream(prompt_of(session.root, case.id, "other"), seed, case.params["steps"], 1)
+    return digest(next(iter(other)).latents)
+
+
+def _made_again(case: Case, session: Session, scene: Scene, reel: Reel, facts: dict[str, Any]) -> dict[str, Kept]:
+    """Chunks without a clock, and what is kept of the one whose frames are judged."""
+    count, setting = min(KEPT, len(reel.shots)), facts["setting"]
+    seen = shown.drawn(session.root, case.id, reel.shots[-1]["latents"], count)
+    picks = sorted({*tied.picked(session.root, case.id, reel.shots, count), seen})
+    outputs: dict[str, Kept] = {}
+    facts["checked"] = []
+    for told, chunk in tied.again(scene, reel, setting["prompt"], setting["seed"], case.params["steps"], picks):
+        facts["checked"].append(told)
+        if chunk.index == seen:
+            outputs, facts["shown"] = shown.keep(session.root, case, scene.options, chunk, facts["vae"])
+    return outputs
+
+
+def _profile(case: Case, session: Session, scene: Scene, vae: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Of the timed program and of the decoder."""
+    program = scene.pipeline.denoiser(scene.request("profile", 0, case.params["steps"])).program
+    graphs = golden.graphs_of(scene.options, case.params["variant"], session.dtype(case.precision))
+    return roofline.profile(session, scene, program, graphs, vae)
 
 
 def setting_told(case: Case, session: Session, scene: Scene) -> dict[str, Any]:
@@ -138,8 +161,13 @@ def judge(case: Case, observation: Observation, root: Root, references: Referenc
     reasons = [*_of_the_case(case, setting, root), *judge_clock(facts), *_pictures(facts), *_digests(facts)]
     judged: dict[str, Judged] = {}
     if not reasons or setting["weights"] == "random":
-        judged, wrong = tied.judge_forwards(case, observation, setting, root, references)
-        reasons += wrong
+        for found, wrong in (
+            tied.judge_forwards(case, observation, setting, root, references),
+            opened.judge(case, observation, setting, root, references),
+            shown.judge(case, observation, setting, root, KEPT),
+        ):
+            judged |= found
+            reasons += wrong
     return Verdict("fail" if reasons else "pass", "; ".join(reasons), judged)
 
 

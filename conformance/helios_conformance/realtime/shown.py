@@ -1,0 +1,152 @@
+"""The frames of a timed chunk against float64's decoding of that chunk's own latents.
+
+The autoencoder is causal: the first frames of a chunk depend on its first latents alone. As many are decoded as a host
+can afford: all nine of a small picture, one at the published size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helios import op
+from helios.backend import ReferenceBackend
+from helios.errors import InputError
+from helios.fit.costs import LATENT_FRAMES
+from helios.media import to_frames
+from helios.model import presets
+from helios.model.vae import decode_graph, frames_of
+from helios.model.vae_split import Split, Tile
+from helios.pipeline.codec import Codec, split_of
+from helios.pipeline.run import Chunk
+from helios_conformance import budget, selection
+from helios_conformance.budget import Errors
+from helios_conformance.case import Case, Judged, Kept, Observation
+from helios_conformance.draws import Root
+from helios_conformance.realtime.film import frame_digests
+from helios_conformance.realtime.options import Options
+from helios_conformance.realtime.scene import drawn_model
+
+__all__ = ["FLIPS", "LABEL", "affordable", "drawn", "judge", "keep"]
+
+LABEL = "shown"
+
+AFFORDABLE = 3e12
+"""FLOP of the oracle; the first latent at 384×640 takes 2.7e12, a third of them on the zeros before it."""
+
+FLIPS = 1e-3
+"""Part of the frames' values that may be one level off, as at level pipeline."""
+
+
+def drawn(root: Root, case: str, last: str, count: int) -> int:
+    """The chunk that is looked at, from the digest of the run's last latents."""
+    return root.key("shown", case, last) % max(count, 1)
+
+
+def affordable(options: Options, plan: Mapping[str, Any]) -> tuple[int, Split]:
+    """How many latents the oracle decodes, 0 where even one is too much, and how they are cut.
+
+    Raises:
+        InputError: tiles that the pipeline would not choose.
+    """
+    tile = split_of(plan).tile
+    if tile not in (None, Tile()):
+        raise InputError(f"frames were decoded in tiles of {plan['tile']} pixels; a pipeline takes {Tile().size}")
+    count = _affordable(options.size, options.height, options.width, tile)
+    return count, Split(max(count, 1), tile)
+
+
+@functools.lru_cache(maxsize=32)
+def _affordable(size: str, height: int, width: int, tile: Tile | None) -> int:
+    config = presets.size(size).vae
+    cut = Split(1, tile).tiled(height, width)
+    sides = [cut.spans(side, 1) if cut else [(0, side)] for side in (height, width)]
+    parts = [(bottom - top, right - left) for top, bottom in sides[0] for left, right in sides[1]]
+    for count in range(LATENT_FRAMES, 0, -1):
+        costs = {part: _flops(config, count, *part) for part in set(parts)}
+        if sum(costs[part] for part in parts) <= AFFORDABLE:
+            return count
+    return 0
+
+
+def _flops(config: Any, latents: int, height: int, width: int) -> int:
+    graph = decode_graph(config, batch=1, latents=latents, height=height, width=width, dtype=torch.float64)
+    return sum(op.cost(node).flops for node in graph.nodes)
+
+
+def keep(
+    root: Root, case: Case, options: Options, chunk: Chunk, plan: Mapping[str, Any]
+) -> tuple[dict[str, Kept], dict[str, Any]]:
+    """What is kept of a chunk that was made again: its latents whole, its first frames in part; and the fact."""
+    fact: dict[str, Any] = {"chunk": chunk.index, "frames": frame_digests(chunk.frames)}
+    count, _ = affordable(options, plan)
+    if not count:
+        return {}, fact
+    first = chunk.frames[:, : frames_of(presets.size(options.size).vae, count)]
+    latents = chunk.latents.contiguous()
+    told = selection.digest(latents)
+    kept = Kept(latents.reshape(-1), tuple(latents.shape), "float32", told, selection.all_finite(latents))
+    return {f"{LABEL}.latents": kept, f"{LABEL}.frames": selection.keep(root, case.id, "frames", first)}, fact
+
+
+def judge(
+    case: Case, observation: Observation, setting: Mapping[str, Any], root: Root, kept: int
+) -> tuple[dict[str, Judged], list[str]]:
+    """Judge them. ``kept``: of how many chunks the one was drawn."""
+    options, shots = Options.of(setting), observation.facts["chunks"]
+    index = drawn(root, case.id, shots[-1]["latents"], min(kept, len(shots)))
+    told = observation.facts["shown"]
+    if told["chunk"] != index:
+        return {}, [f"shown: chunk {index} was wanted"]
+    again = index in [row[0] for row in observation.facts["checked"]]
+    reasons = [] if again else [f"shown: chunk {index} was not made again"]
+    if len(set(told["frames"])) != frames_of(presets.size(options.size).vae, LATENT_FRAMES):
+        reasons.append(f"shown: chunk {index} has {len(set(told['frames']))} different frames")
+    count, split = affordable(options, observation.facts["vae"])
+    if setting["weights"] != "random" or not count:
+        return {}, reasons
+    latents, frames = (observation.outputs.get(f"{LABEL}.{what}") for what in ("latents", "frames"))
+    shape = _shape(options)
+    if latents is None or frames is None or latents.shape != shape or latents.values.numel() != _numel(shape):
+        return {}, [*reasons, "shown: latents or frames are missing, or of another shape"]
+    if not selection.digest(latents.values) == latents.digest == shots[index]["latents"]:
+        return {}, [*reasons, "shown: the latents are not those of the timed chunk"]
+    oracle = _decoded(options, setting["variant"], latents.values.reshape(shape), root, count, split)
+    found = _frames(case, root, frames, oracle)
+    if isinstance(found, str):
+        return {}, [*reasons, found]
+    wrong = budget.exceeded(found.errors, found.bounds)
+    return {f"{LABEL}.frames": found}, [*reasons, *(f"shown, chunk {index}: frames: {line}" for line in wrong)]
+
+
+def _shape(options: Options) -> tuple[int, ...]:
+    config = presets.size(options.size).vae
+    factor = config.scale_factor_spatial
+    return (1, config.z_dim, LATENT_FRAMES, options.height // factor, options.width // factor)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _decoded(options: Options, variant: str, latents: Tensor, root: Root, count: int, split: Split) -> Tensor:
+    model = drawn_model(options.size, variant, root)
+    codec = Codec(model.vae, model.vae_weights, ReferenceBackend(), torch.float64)
+    return to_frames(codec.decode(latents[:, :, :count].double(), split))
+
+
+def _frames(case: Case, root: Root, kept: Kept, oracle: Tensor) -> Judged | str:
+    if kept.shape != tuple(oracle.shape) or kept.values.dtype != torch.uint8:
+        return f"shown: frames came as {kept.dtype}{list(kept.shape)}, wanted uint8{list(oracle.shape)}"
+    chosen = selection.selection(root, case.id, "frames", kept.shape, kept.values.dtype, kept.digest)
+    right = chosen.take(selection.as_matrix(oracle)).double()
+    if right.shape != kept.values.shape:
+        return f"shown: {kept.values.numel()} values are kept, their digest chooses {right.numel()}"
+    errors = budget.measure(kept.values, right)
+    one = float(1.0 / right.square().mean().sqrt().clamp_min(1e-9))
+    allowed = Errors(float("inf"), one * 1.000001, float("inf"), FLIPS + 4 / errors.count, errors.count)
+    return Judged(errors, allowed, None)
