@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from helios.errors import InputError
+from helios.errors import BackendError, InputError
 from helios.graph import Graph
 from helios.model.config import VaeConfig
 from helios.model.vae import CACHE, decode_graph, encode_graph, frames_of, latents_of
@@ -229,8 +229,11 @@ def _join(pieces: Iterator[Tensor], length: int) -> Tensor:
     at = first.shape[2]
     whole[:, :, :at] = first
     for piece in pieces:
-        whole[:, :, at : at + piece.shape[2]] = piece
+        whole[:, :, at : at + piece.shape[2]] = piece[:, :, : length - at]
         at += piece.shape[2]
+    if at != length:
+        why = f"the VAE's groups gave {at} frames in all, wanted {length}"
+        raise BackendError(why, "`helios certify --backend NAME --filter 'vae'` shows which group")
     return whole
 
 

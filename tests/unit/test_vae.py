@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from helios import op
 from helios.backend import ReferenceBackend
-from helios.errors import InputError
+from helios.errors import BackendError, InputError
 from helios.graph import Graph, Rate
 from helios.lower import lower
 from helios.model.config import VaeConfig
@@ -315,6 +315,19 @@ def test_wrong_tensors() -> None:
         run.encode(torch.zeros(3, 5, 16, 24))
     with pytest.raises(InputError, match="none of them 0"):
         run.decode(torch.zeros(1, 16, 0, 2, 3))
+
+
+@pytest.mark.parametrize(("count", "frames"), [(3, 7), (5, 11)])
+def test_groups_that_come_short_or_long_are_told(count: int, frames: int) -> None:
+    right = _runner(Split(1), 3, torch.float32)
+
+    def run(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        out = right.run(graph, dict(inputs))
+        video = out["video"]
+        return {**out, "video": video if video.shape[2] == 1 else video[:, :, :1].expand(-1, -1, count, -1, -1)}
+
+    with pytest.raises(BackendError, match=f"gave {frames} frames in all, wanted 9"):
+        VaeRunner(SMALL, run, split=Split(1)).decode(torch.zeros(1, 16, 3, 2, 3))
 
 
 def test_wrong_splits() -> None:
