@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 
 from helios import op
-from helios_conformance import references, suite
+from helios_conformance import checks, references, suite
 from helios_conformance.budget import Errors, rounds_once
-from helios_conformance.case import PRECISIONS
+from helios_conformance.case import PRECISIONS, Case, Suite
+from helios_conformance.checks.pipeline import Codecs, videos
+from helios_conformance.draws import Root
+from helios_conformance.exact import scenarios
+from helios_conformance.golden import calls_of
+from helios_conformance.graph_runs import SceneCheck, wanted_of
 
+ROOT = Root(0)
 HERE = {"machine": "here", "torch": "1", "vectors": "none"}
 SOME = Errors(0.1234567, 2.0, -3e-7, 0.25, 40)
 
@@ -24,6 +30,62 @@ def test_every_quick_case_of_an_op_has_its_reference(precision: str) -> None:
     missing = [c.id for c in cases if op.get(c.params["op"]).kind != "move" and c.id not in known]
     assert len(cases) > 150
     assert missing == []
+
+
+def wanted(case: Case) -> set[str]:
+    """The outputs of a case that are held to reference errors, told by its check without running anything."""
+    check = checks.get(case.check)
+    if isinstance(check, SceneCheck):
+        scene = check.scene(case)
+        dtype = scene.dtype(case.precision)
+        if scene.forced:  # what it is asked needs the oracle's answers: any output will do
+            return set()
+        return set(wanted_of(scene, calls_of(scene, ROOT, dtype), dtype))
+    if case.check == "video":
+        return {f"c{i}.latents" for i in range(videos()[case.params["scene"]].chunks)}
+    if case.check == "same":
+        return {run.name for run in scenarios()[case.params["scene"]].runs if run.after is None}
+    if case.check == "beside":
+        return {f"{how}.{j}" for how in ("batch", "alone") for j in (0, 1)}
+    return {*Codecs.splits, "encode_whole", "encode_group2"} if case.check == "codec" else set()
+
+
+UNHELD = ("free_run",)
+"""Checks above the ops that are not numeric: a free run is drawn."""
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["quick", "full"])
+def test_every_case_of_blocks_model_and_pipeline_has_its_reference(precision: str, name: Suite) -> None:
+    """For each output, and for none that there is not."""
+    known = references.committed().entries
+    cases = [c for c in suite.choose(precision, name, ["blocks", "model", "pipeline"]) if c.check not in UNHELD]
+    assert len(cases) > 50
+    assert [c.id for c in cases if not known.get(c.id)] == []
+    small = [c for c in cases if not c.params.get("scene", "").startswith(("14b", "mini", "wide"))]
+    outputs = {c.id: wanted(c) for c in small}
+    assert sum(map(bool, outputs.values())) > 20
+    assert {i: sorted(w ^ set(known[i])) for i, w in outputs.items() if w and w != set(known[i])} == {}
+
+
+CHEAP = ("block[{},tiny,odd]", "vae[{},decode_groups]", "sampler[{},dmd]", "forward[{},tiny,one_stage]")
+CHEAP += ("steps[{},tiny,base]", "beside[{},batch2,base]")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", CHEAP)
+def test_what_is_committed_above_the_ops_is_what_is_computed(case: str, precision: str) -> None:
+    """Computed on another machine, so up to a quarter: an entry of another suite, scene or budget differs by more."""
+    found = suite.find(case.format(precision))
+    assert references.differing(references.committed().entries[found.id], references.of_case(found)) == []
+
+
+def test_an_entry_of_another_scene_is_seen() -> None:
+    one, other = (references.committed().entries[f"block[bf16,tiny,{scene}]"] for scene in ("no_history", "no_anchor"))
+    worse = {name: Errors(e.norm * 1.5, e.worst, e.gain, e.misrounded, e.count) for name, e in one.items()}
+    assert references.differing(one, worse)
+    assert references.differing(one, {})
+    assert one != other
 
 
 def test_committed_numbers_make_sense() -> None:
