@@ -151,3 +151,46 @@ def test_graphs_are_lowered_by_another_process(closed: Any, tmp_path: Path) -> N
     assert graphs.of_spec("reference", "bf16", tmp_path / "g") == ""
     assert {f.stem: f.read_text() for f in (tmp_path / "g").iterdir()} == closed.texts
     assert "unknown backend 'nobody'" in graphs.of_spec("nobody", "bf16", tmp_path / "h")
+
+
+HOG = """
+from helios.backend import ReferenceBackend
+import torch
+
+
+class Hog(ReferenceBackend):
+    name = label = "hog"
+
+    def synchronize(self):
+        if not hasattr(self, "held"):
+            self.held = torch.ones(100 << 20)
+"""
+
+
+def test_the_memory_that_a_run_took_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the worker, which has torch and the backend, and in the parent, which judges: to what the system says, and a
+    backend that holds 400 MB more is seen to."""
+    import os
+
+    from helios.cli import main
+    from helios_conformance.workers import peak_rss
+
+    info = tmp_path / "site" / "hog-1.dist-info"
+    info.mkdir(parents=True)
+    (info.parent / "hog.py").write_text(HOG)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hog\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[helios.backends]\nhog = hog:Hog\n")
+    monkeypatch.syspath_prepend(str(info.parent))
+    path = os.pathsep.join([str(info.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setattr(bundle.graphs, "of_spec", lambda *given: "left out by a test")
+    worker = {}
+    for spec in ("reference", "hog"):
+        out = tmp_path / spec
+        assert main(["certify", "--backend", spec, "--filter", "add[bf16,small]", "--out", str(out)]) == 0
+        told = json.loads((out / "report.json").read_text())
+        # The kernel counts pages by thread, and adds them up now and then: two readings may differ a little.
+        assert 50e6 < told["peak_rss"]["parent"] <= 1.02 * peak_rss()
+        assert 50e6 < told["peak_rss"]["worker"] < told["environment"]["memory"]
+        worker[spec] = told["peak_rss"]["worker"]
+    assert 0.8 < (worker["hog"] - worker["reference"]) / (400 << 20) < 1.5
