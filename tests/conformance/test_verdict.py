@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from helios_conformance import report as report_of
 from helios_conformance import suite, verdict
 from helios_conformance.case import LEVELS, Case
 
@@ -257,3 +258,31 @@ def test_ceilings_far_below_the_data_sheet_of_the_name_are_remarked_upon() -> No
     assert "of linear 7 % of what the data sheet gives for H100 SXM: a slower device under that name" in slow
     assert said(sheet()) == said({"datasheet": None, "ceilings": []}) == ""
     assert "malformed" in " ".join(verdict.not_proved(told(5) | {"realtime": sheet() | {"ceilings": [3]}}))
+
+
+def timed(model: bool = True, weights: str = "checkpoint", levels: int = 5) -> dict[str, Any]:
+    """The parts of a report that say which weights ran."""
+    report = told(levels)
+    report["suite"]["seed"] = 3
+    report["setup"]["options"] = {"checkpoint": {"sha256": "0" * 64, "name": "distilled"}} if model else {}
+    for case in report["cases"]:
+        if case["level"] == "realtime":
+            case["facts"] = {"setting": {"weights": weights}}
+    return report
+
+
+def test_the_weights_are_told_level_by_level() -> None:
+    ran = report_of.weights(timed())
+    assert (ran["origin"], ran["name"], ran["seed"]) == ("checkpoint", "distilled", 3)
+    assert ran["levels"] == dict.fromkeys(LEVELS[:4], "random") | {"realtime": "checkpoint"}
+
+
+@pytest.mark.parametrize("change", [{"model": False}, {"weights": "random"}, {"levels": 4}])
+def test_a_checkpoint_that_nothing_ran_is_none(change: dict[str, Any]) -> None:
+    """No other level reads it, so without a timed run the weights were random, whatever was asked for."""
+    report = timed(**change)
+    ran = report_of.weights(report)
+    assert set(ran) == {"origin", "seed", "scale"}
+    assert ran["origin"] == "random"
+    caveats = " ".join(verdict.not_proved(report | {"weights": ran}))
+    assert "Weights are random: how good videos of a published checkpoint look was not judged." in caveats
