@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from helios import op
 from helios.backend import Backend, ReferenceBackend, select
-from helios.graph import Graph
+from helios.graph import Graph, Value
 from helios.model import presets
 from helios.model.transformer import DenoiseShape, HistoryShape, denoise_graph
+from helios.passes import Plan
 from helios.pipeline.codec import Codec
 from helios.pipeline.history import Window
+from helios.program import Coverage, Program
 from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Observation, Verdict
 from helios_conformance.draws import Root
@@ -170,6 +173,44 @@ def test_latents_that_are_not_the_timed_ones_are_not_decoded(
     monkeypatch.setattr(Codec, "decode", lambda *args: 1 / 0)
     found = verdict(case, changed(seen, "shown.latents", lambda x: x + 1))
     assert "the latents are not those of the timed chunk" in found.reason
+
+
+class Engine(Program):
+    """Runs graphs whole; where it is asked for more than the velocity, that comes out otherwise by a part of it."""
+
+    def __init__(self, plan: Plan, backend: Backend, part: float) -> None:
+        super().__init__(plan, backend, Coverage())
+        self.part = part
+
+    def evaluate(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        known: dict[str, Any] = dict(inputs)
+
+        def fetch(operand: Any) -> Any:
+            return known[operand.name] if isinstance(operand, Value) else operand and [fetch(x) for x in operand]
+
+        for node in self.plan.graphs[graph].nodes:
+            result = op.get(node.op).fn(*map(fetch, node.inputs), **node.attributes)
+            results = result if isinstance(result, tuple) else (result,)
+            known.update((v.name, x) for v, x in zip(node.outputs, results, strict=True))
+        made = {name: known[value.name] for name, value in self.plan.graphs[graph].outputs}
+        if "after" in made:
+            signs = torch.ones(made["velocity"].numel()).reshape(-1, 2).mul(torch.tensor([1.0, -1.0]))
+            made["velocity"] = made["velocity"] * (1 + self.part * signs.reshape(made["velocity"].shape))
+        return made
+
+
+@pytest.mark.parametrize(("part", "wanted"), [(1e-6, ""), (1e-4, "differs from the timed program's by")])
+def test_an_engine_may_round_otherwise_where_it_has_more_outputs(part: float, wanted: str) -> None:
+    class Whole(ReferenceBackend):
+        def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
+            return Engine(plan, self, part)
+
+    case, seen = timed(Whole())
+    found = verdict(case, seen)
+    assert seen.facts["opened"]["engine"] is True
+    assert seen.facts["opened"]["difference"] == pytest.approx(part, rel=0.2)
+    assert found.state == ("fail" if wanted else "pass"), found.reason
+    assert wanted in found.reason
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -39,7 +39,7 @@ __all__ = ["LABEL", "graph_with", "judge", "observe", "pick", "reference", "stag
 
 LABEL = "opened"
 
-SIZES = {"tiny": 12, "mini": 2, "14b": 1}
+SIZES = {"tiny": 32, "mini": 4, "14b": 1}
 """Sizes whose reference errors are committed, measured at 64×64 pixels with two layers, the last and another one; and
 of how many draws they are the largest."""
 
