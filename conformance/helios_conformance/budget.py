@@ -137,9 +137,10 @@ def bounds(
         top: its largest element over its rms; 4 is that of a few thousand normals.
     """
     u = unit(dtype)
-    once = rounds_once(reference)
-    # Where the reference rounds more than once, as in every function of float32, a right element errs by up to 2 u.
-    grown = math.sqrt(terms if once else max(terms, 4)) if dtype == torch.float32 else 1.0
+    # In float32 nothing but a single operation rounds once, and whether several of them seem to hangs on the draw: a
+    # coefficient of few bits makes a product exact. So a right element errs by up to 2 u there.
+    once = dtype != torch.float32 and rounds_once(reference)
+    grown = math.sqrt(max(terms, 4)) if dtype == torch.float32 else 1.0
     # Rounding to nearest errs by 0.37 u to 0.58 u in the norm, truncation by twice that: the floor lies between.
     floor = u * grown if dtype == torch.float32 else 0.6 * u
     norm = max(floor, (1.15 if once and kind == "round" else 1.5) * reference.norm)

@@ -107,14 +107,16 @@ def test_the_worst_element_may_err_by_its_own_size() -> None:
     peaks[0] = 100.0
     once = Errors(0.0, 0.0, 0.0, 0.0, 10000)
     assert budget.allowed("round", F32, 1, peaks, once).worst == pytest.approx(
-        1.25 * 100 / math.sqrt(2) * 2**-24, rel=1e-3
+        1.25 * 100 / math.sqrt(2) * 2**-23, rel=1e-3
     )
-    assert bounds("round", F32, 1, 10000, once).worst == 5 * 2**-24
+    assert bounds("round", F32, 1, 10000, once).worst == 5 * 2**-23
 
 
-def test_a_chain_of_roundings_counts_as_four() -> None:
-    chained, once = (bounds("round", F32, 1, 10**8, Errors(0.0, 0.0, 0.0, part, 100)) for part in (0.3, 0.0))
-    assert (once.norm, chained.norm) == (2**-24, 2**-23)
+def test_in_float32_a_chain_of_roundings_counts_as_four_and_a_lucky_draw_does_not_forbid_it() -> None:
+    # sample - sigma * v rounds once where sigma has few bits, and twice with the next draw.
+    for part in (0.3, 0.0):
+        chained = bounds("fused", F32, 1, 10**8, Errors(0.0, 0.0, 0.0, part, 100))
+        assert (chained.norm, chained.misrounded) == (2**-23, 1.0)
     assert bounds("round", BF16, 1, 10**8, Errors(0.0, 0.0, 0.0, 0.3, 100)).norm == 0.6 * 2**-8
 
 
