@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# It registers with torch once, and pytester forgets the modules that a run inside imports first.
+import torch._inductor.test_operators  # noqa: F401
+
 from helios_conformance import pytest_cases, suite
 from helios_conformance.case import Level, State, Verdict
 from helios_conformance.pytest_plugin import asked_for
