@@ -8,6 +8,8 @@ host: a host with a bad math library would allow its device the same errors.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import itertools
 import json
 import math
@@ -139,6 +141,22 @@ def _file() -> Path:
 
 def merge(new: Mapping[str, Rows], known: set[str] | None, host: Mapping[str, str]) -> int:
     """Merge into the file as it is now; with ``known``, drop other ids. Returns the number of cases in it."""
+    with _alone():
+        return _merge(new, known, host)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """While this lasts no other process merges: what one reads between another's reading and writing would be lost."""
+    folder = os.open(_file().parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _merge(new: Mapping[str, Rows], known: set[str] | None, host: Mapping[str, str]) -> int:
     text = _file().read_text(encoding="utf-8") if _file().exists() else '{"made": [], "errors": {}}'
     entries = {**decode(text).entries, **new}
     kept = {case: rows for case, rows in entries.items() if rows and (known is None or case in known)}
