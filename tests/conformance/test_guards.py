@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -124,11 +126,19 @@ def test_memory_is_shared_or_not() -> None:
     assert not share_memory(torch.ones(3, device="meta"), torch.ones(3, device="meta"))
 
 
+DIRTY = """
+import torch
+from helios_conformance import guards
+
+size = 1 << 16
+for treatment in ("nan", "zero"):
+    guards.dirty(torch.device("cpu"), [size] * 4, treatment)
+    # The first bytes of a freed block belong to the allocator.
+    print(int(torch.empty(size, dtype=torch.uint8)[size // 2]))
+"""
+
+
 def test_dirty_memory_is_found_by_the_next_allocation() -> None:
-    size = 1 << 16
-    found = set()
-    for treatment, byte in (("nan", 0xFF), ("zero", 0)):
-        guards.dirty(CPU, [size] * 4, treatment)  # type: ignore[arg-type]
-        # The first bytes of a freed block belong to the allocator.
-        found.add((byte, int(torch.empty(size, dtype=torch.uint8)[size // 2])))
-    assert found == {(0xFF, 0xFF), (0, 0)}
+    # In a process of its own: where other blocks of this size are free, the allocator may hand out one of those.
+    done = subprocess.run([sys.executable, "-c", DIRTY], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["255", "0"]

@@ -87,7 +87,7 @@ class FrozenFrame(Program):
 
 
 class ShortVideo(Program):
-    """The last frame of a chunk is not given at all: what is shown in its place was never written."""
+    """The last frame of a group is not given at all."""
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> dict[str, Tensor]:
         out = super().run(entry, inputs, context)
@@ -96,7 +96,7 @@ class ShortVideo(Program):
 
 @pytest.mark.parametrize(
     ("mixin", "words"),
-    [(ReplayedVideo, "repeat others"), (FrozenFrame, "repeat others"), (ShortVideo, "frames: worst element")],
+    [(ReplayedVideo, "repeat others"), (FrozenFrame, "repeat others"), (ShortVideo, "frames in all, wanted 33")],
 )
 def test_frames_that_are_not_made_fail(mixin: type[Program], words: str) -> None:
     _, verdict = run("video[fp32,text,base]", program_with(mixin)(ReferenceBackend()))
