@@ -58,7 +58,7 @@ class Beside:
     def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
         right = _oracle(root, case.precision)
         oracle = {f"{how}.{j}": x for how in ("batch", "alone") for j, x in enumerate(right)}
-        wanted = {name: Wanted(TensorType(_ALONE[0].latents, torch.float32), 64) for name in oracle}
+        wanted = {name: Wanted(TensorType(_ALONE[0].latents, torch.float32), 64, chain=True) for name in oracle}
         judged, reasons = judge_kept(case, observation, root, references, oracle, wanted)
         return Verdict("fail" if reasons else "pass", "; ".join(reasons), judged)
 

@@ -26,6 +26,7 @@ __all__ = [
     "exceeded",
     "largest",
     "measure",
+    "of_chain",
     "rounds_once",
     "unit",
 ]
@@ -167,6 +168,16 @@ def allowed(
     if factors is not None and dtype == torch.float32:
         along = min(along, float(factors))
     return bounds(kind, dtype, terms, rounded.count, largest(reference, rounded), along, _top(oracle))
+
+
+def of_chain(reference: Errors) -> Errors:
+    """The reference's errors as they count for a chain of forwards, each from the device's own result before.
+
+    What such a chain makes of a rounding is the condition of the draw's worst token, not the kernel's doing: in exact
+    arithmetic one token may answer a small change ten times as strongly as the others. Each forward by itself is
+    judged elsewhere, without this allowance.
+    """
+    return dataclasses.replace(reference, norm=reference.norm * 4 / 3, worst=reference.worst * 3)
 
 
 def _top(oracle: Tensor) -> float:

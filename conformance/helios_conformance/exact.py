@@ -155,7 +155,7 @@ class Same:
         for run in _begun(scenario):
             first = dataclasses.replace(run.video, chunks=1)
             oracle[run.name] = golden_video(first, root, case.precision)[0].latents
-            wanted[run.name] = Wanted(TensorType(first.latents, torch.float32), 64)
+            wanted[run.name] = Wanted(TensorType(first.latents, torch.float32), 64, chain=True)
         judged, reasons = judge_kept(case, observation, root, references, oracle, wanted)
         reasons += _broken(scenario, observation.facts.get("digests"))
         reasons += _loose(observation)

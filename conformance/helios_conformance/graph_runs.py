@@ -37,10 +37,12 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wanted:
-    """What an output must be: its type, and the terms of the longest sum behind it."""
+    """What an output must be: its type, the terms of the longest sum behind it, and whether a chain of forwards made
+    it, each from the device's own result before."""
 
     type: TensorType
     terms: int
+    chain: bool = False
 
 
 class SceneCheck:
@@ -175,7 +177,8 @@ def judge_kept(
             continue
         errors = budget.measure(kept.values, right)
         known = references.get(case.id, name)
-        bounds = budget.allowed("fused", output.type.dtype, output.terms, right, known)
+        counted = budget.of_chain(known) if output.chain else known
+        bounds = budget.allowed("fused", output.type.dtype, output.terms, right, counted)
         judged[name] = Judged(errors, bounds, known)
         reasons += [f"{name}: {line}" for line in budget.exceeded(errors, bounds)]
     return judged, reasons

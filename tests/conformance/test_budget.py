@@ -132,6 +132,12 @@ def test_bounds_follow_the_reference() -> None:
     assert not rounds_once(often)
 
 
+def test_a_chain_of_forwards_has_more_room_in_norm_and_worst_element_only() -> None:
+    assert budget.of_chain(Errors(0.3, 0.2, -1e-3, 0.5, 7)) == Errors(
+        pytest.approx(0.4), pytest.approx(0.6), -1e-3, 0.5, 7
+    )
+
+
 def test_the_largest_of_two_keeps_the_sign_of_the_gain() -> None:
     one, other = Errors(0.1, 2.0, -3e-7, 0.25, 40), Errors(0.2, 1.0, 2e-7, 0.5, 30)
     assert budget.largest(one, other) == Errors(0.2, 2.0, -3e-7, 0.5, 40)

@@ -116,7 +116,7 @@ class Videos:
             return Verdict("fail", f"outputs {sorted(observation.outputs)}, wanted {sorted(shares)}")
         golden = golden_video(video, root, case.precision)
         oracle = {f"c{i}.latents": chunk.latents for i, chunk in enumerate(golden)}
-        wanted = {name: Wanted(TensorType(video.latents, torch.float32), _TERMS) for name in oracle}
+        wanted = {name: Wanted(TensorType(video.latents, torch.float32), _TERMS, chain=True) for name in oracle}
         latents = dataclasses.replace(observation, outputs={n: observation.outputs[n] for n in oracle})
         judged, reasons = judge_kept(case, latents, root, references, oracle, wanted, shares)
         reasons += _odd_frames(observation.facts, video.chunks)
