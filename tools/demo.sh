@@ -8,7 +8,7 @@ OUT=out/demo
 MODEL=$OUT/tiny-distilled
 SIZE=(--height 128 --width 192)
 
-echo "Demo: about two minutes on two cores. The weights are random, so the videos are noise and say so."
+echo "Demo: about a minute on two cores. The weights are random, so the videos are noise and say so."
 mkdir -p "$OUT"
 
 echo; echo "1. A model folder in the published layout, with random weights"
@@ -43,7 +43,7 @@ helios backends
 echo; echo "5. What the cpu backend runs of the graph of one step"
 helios graph --size tiny --pyramid-stage 2 "${SIZE[@]}" --backend cpu --flops
 
-echo; echo "6. Does the cpu backend compute Helios right? The quick suite, about a minute and a half"
+echo; echo "6. Does the cpu backend compute Helios right? The quick suite, about half a minute"
 rm -rf "$OUT/certify"
 helios certify --backend cpu --out "$OUT/certify"
 
