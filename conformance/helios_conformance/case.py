@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from helios_conformance.budget import Errors
@@ -82,6 +83,12 @@ class Case:
             raise ValueError(f"{self.id!r} is not a case id such as attention[bf16,stage2]")
 
 
+def is_diagnostic(kind: str, level: str) -> bool:
+    """Whether cases of a level decide nothing for a backend of this kind: an engine runs graphs whole, and what it
+    makes of a single op tells where to look and no more."""
+    return kind == "engine" and level == "ops"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Kept:
     """What is kept of one output: the elements that are judged.
@@ -99,6 +106,14 @@ class Kept:
     dtype: str
     digest: str
     finite: bool
+
+    def misfit(self, shape: Sequence[int], dtype: torch.dtype) -> str:
+        """What came and what was wanted, where the output is not of this shape and dtype; "" where it is."""
+        wanted, kept = (str(d).removeprefix("torch.") for d in (dtype, self.values.dtype))
+        if tuple(self.shape) == tuple(shape) and self.dtype == kept == wanted:
+            return ""
+        note = "" if self.dtype == kept else f" (kept as {kept})"
+        return f"{self.dtype}{list(self.shape)}{note}, wanted {wanted}{list(shape)}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -15,14 +15,20 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from helios_conformance.case import LEVELS, Case
+from helios_conformance.case import LEVELS, Case, is_diagnostic
 from helios_conformance.draws import Root
 
 __all__ = ["Progress", "reproduce"]
 
 QUIET_SECONDS = 10.0
 """Between two plain lines that say no more than how far it is."""
-_COLUMNS = (("pass", "passed", "green"), ("fail", "failed", "bold red"), ("unsupported", "unsupported", "yellow"))
+_COLUMNS = (
+    ("pass", "passed", "green"),
+    ("fail", "failed", "bold red"),
+    ("diag", "diag", "magenta"),
+    ("unsupported", "unsupported", "yellow"),
+)
+"""``diag`` are failures that decide nothing: single ops of an engine."""
 
 
 def reproduce(spec: str, case: str, root: Root) -> str:
@@ -53,6 +59,7 @@ class Progress:
         self._begin = self._told = time.monotonic()
         self._earlier = 0
         self._reasons: set[str] = set()
+        self._kind = ""
         self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=4, transient=False)
 
     def __enter__(self) -> Progress:
@@ -75,6 +82,7 @@ class Progress:
         device = backend["device"]["name"] if backend["device"] else "no device"
         emulated = f", emulated: {backend['emulated']}" if backend["emulated"] else ""
         self._title = f"{backend['label']} on {device}{emulated}"
+        self._kind = str(backend.get("kind") or "")
         if not self._terminal:
             self._say(f"{_cases(len(cases))}, {self._title}")
 
@@ -91,15 +99,26 @@ class Progress:
 
     def finished(self, record: Mapping[str, Any]) -> None:
         """A verdict. Failures are told at once; one reason for many cases not run is told once."""
-        state, level, reason = record["state"], record["level"], record["reason"]
+        level, reason = record["level"], record["reason"]
+        state, required = self._counts(record)
         self._states[level][state] += 1
-        if state == "fail":
-            self._say(f"FAIL {record['id']}: {reason}\n     {reproduce(self._spec, record['id'], self._root)}", "red")
-        elif state in ("unsupported", "not_run") and record["required"] and reason not in self._reasons:
+        if state in ("fail", "diag"):
+            text = f"{state.upper()} {record['id']}: {reason}\n     {reproduce(self._spec, record['id'], self._root)}"
+            self._say(text, "red" if state == "fail" else "magenta")
+        elif state in ("unsupported", "not_run") and required and reason not in self._reasons:
             self._reasons.add(reason)
             self._say(f"{state.replace('_', ' ').upper()} {record['id']}: {reason}", "yellow")
         if not self._terminal and self._states[level].total() == self._totals[level]:
             self._say(f"{level}: {self._counted(level)}")
+
+    def _counts(self, record: Mapping[str, Any]) -> tuple[str, bool]:
+        """The state that a record is counted as, and whether a certificate needs the case. A backend of kernels that
+        runs a case's graph whole is an engine from then on."""
+        if record.get("facts", {}).get("engine") is True:
+            self._kind = "engine"
+        if not is_diagnostic(self._kind, record["level"]):
+            return record["state"], record["required"]
+        return "diag" if record["state"] == "fail" else record["state"], False
 
     def note(self, text: str) -> None:
         """A worker was lost. In a case that is told with the case; while it started it is told here."""

@@ -18,7 +18,7 @@ import pytest
 from helios.backend import names, parse_spec
 from helios.errors import HeliosError, UnknownBackend, unknown_name
 from helios_conformance import suite
-from helios_conformance.case import LEVELS, PRECISIONS, SUITES, Case, Observation, Verdict
+from helios_conformance.case import LEVELS, PRECISIONS, SUITES, Case, Observation, Verdict, is_diagnostic
 from helios_conformance.draws import Root
 from helios_conformance.live import reproduce
 from helios_conformance.references import committed
@@ -149,7 +149,7 @@ class Bench:
 
     def counts(self, case: Case, verdict: Verdict) -> str:
         """What a case that did not pass is here: ``fail``, ``skip`` or ``xfail``, as in a certificate."""
-        diagnostic = self._kind == "engine" and case.level == "ops"
+        diagnostic = is_diagnostic(self._kind, case.level)
         if verdict.state in ("unsupported", "not_run") and (diagnostic or not case.required):
             return "skip"
         return "xfail" if diagnostic else "fail"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from helios_conformance import realtime, suite
-from helios_conformance.case import LEVELS, Case, Level
+from helios_conformance.case import LEVELS, Case, Level, is_diagnostic
 
 if TYPE_CHECKING:
     from helios_conformance.run import RunResult
@@ -74,7 +74,7 @@ def needed_levels(report: Mapping[str, Any]) -> tuple[Level, ...]:
 
 
 def _diagnostic(report: Mapping[str, Any], level: Level) -> bool:
-    return level == "ops" and report["scope"]["kind"] == "engine"
+    return is_diagnostic(report["scope"]["kind"], level)
 
 
 def chosen(report: Mapping[str, Any]) -> list[Case]:

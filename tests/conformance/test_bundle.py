@@ -82,6 +82,22 @@ def test_junit_says_what_failed(closed: Any) -> None:
     assert first.get("message") == "fail: wrong �[31m & <b>"
 
 
+def test_junit_skips_what_is_diagnostic_for_an_engine(closed: Any) -> None:
+    told = closed.report()
+    told["cases"][0].update(state="fail", reason="off")
+    told["cases"][1].update(state="unsupported", reason="no kernel", required=True)
+    told["cases"][2].update(state="fail", reason="far off", level="blocks")
+    told["scope"]["kind"] = "engine"
+    root = ElementTree.fromstring(bundle.junit(told))
+    assert (root.get("failures"), root.get("skipped")) == ("1", "2")
+    (failure,) = root.findall("testsuite/testcase/failure")
+    assert failure.get("message") == "fail: far off"
+    assert [skipped.get("message") for skipped in root.findall("testsuite/testcase/skipped")] == [
+        "diagnostic for engines, not required: fail: off",
+        "diagnostic for engines, not required: unsupported: no kernel",
+    ]
+
+
 def test_a_full_disk_leaves_nothing_half_written(closed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(told: Any, path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -217,6 +217,25 @@ def test_the_table_counts_by_level(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"UNSUPPORTED {cases[3].id}" in err
 
 
+@pytest.mark.parametrize("told_by", ["backend", "record"])
+def test_an_engines_single_ops_are_no_failures(told_by: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ops, blocks = (suite.choose("fp32", "quick", [level])[:3] for level in ("ops", "blocks"))
+    progress = Progress("x", Root(), terminal=False)
+    progress.begin([*ops, *blocks[:1]], BACKEND | ({"kind": "engine"} if told_by == "backend" else {}))
+    engine = {"facts": {"engine": True}} if told_by == "record" else {}
+    for case, state in zip(ops, ("fail", "unsupported", "pass"), strict=True):
+        progress.finished(record(case.id, state, "why") | engine)
+    progress.finished(record(blocks[0].id, "fail", "why") | {"level": "blocks"})
+    err = capsys.readouterr().err
+    assert f"DIAG {ops[0].id}: why" in err
+    assert reproduce("x", ops[0].id, Root()) in err
+    assert "UNSUPPORTED" not in err
+    assert "ops: 1 diag, 1 passed, 1 unsupported" in err
+    assert err.count("FAIL") == 1, "of the block, which counts"
+    (row,) = [line for line in shown(progress).splitlines() if " ops " in line]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["ops", "1", "", "1", "1", "", "3"]
+
+
 def test_many_cases_of_one_reason_are_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     cases = suite.choose("fp32", levels=["ops"])[:20]
     progress = Progress("x", Root(), terminal=False)
