@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from helios.graph import TensorType, dtype_name
 from helios.pipeline import Pipeline
 from helios_conformance import budget
 from helios_conformance.budget import Errors
@@ -85,9 +84,8 @@ class FreeRun:
 
 def _one(root: Root, case: Case, name: str, kept: Kept, right: Tensor, share: int) -> tuple[str, Judged | None]:
     """What is wrong with a chunk, and its numbers, which nothing bounds."""
-    wanted = TensorType(tuple(right.shape), torch.float32)
-    if kept.shape != wanted.shape or kept.dtype != dtype_name(wanted.dtype) or kept.values.dtype != wanted.dtype:
-        return f"came as {kept.dtype}{list(kept.shape)}, wanted {wanted}", None
+    if misfit := kept.misfit(right.shape, torch.float32):
+        return f"came as {misfit}", None
     chosen = chosen_of(root, case, name, kept, right, share)
     if chosen.shape != kept.values.shape:
         return f"{kept.values.numel()} elements are kept, its digest chooses {chosen.numel()}", None

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from helios import op
+from helios.backend import PRECISIONS
 from helios.errors import InputError
 from helios.graph import Graph, Operand, Rate, Value
 from helios.program import WeightReader
 from helios_conformance.draws import Root
 
-__all__ = ["Call", "Calls", "Golden", "Interpreter", "Scene", "calls_of", "golden", "reference"]
+__all__ = ["Call", "Calls", "Golden", "InPrecision", "Interpreter", "Scene", "calls_of", "golden", "reference"]
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 
@@ -76,6 +77,13 @@ class Scene(Hashable, Protocol):
     def calls(self, root: Root, dtype: torch.dtype) -> Calls:
         """All calls, with inputs rounded for the working dtype."""
         ...
+
+
+class InPrecision:
+    """Of scenes whose arithmetic is that of the precision itself."""
+
+    def dtype(self, precision: str) -> torch.dtype:
+        return PRECISIONS[precision]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

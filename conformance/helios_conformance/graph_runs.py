@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from helios.graph import Graph, Rate, TensorType, dtype_name
+from helios.graph import Graph, Rate, TensorType
 from helios.program import EMPTY, Context, Program, WeightReader
 from helios_conformance import budget, selection
 from helios_conformance.budget import Errors
@@ -114,13 +115,7 @@ def _reference(scene: Scene, root: Root, precision: str) -> dict[str, Errors]:
 
 def largest(rows: list[Errors]) -> Errors:
     """Of each statistic the largest; of counts the sum."""
-    return Errors(
-        max(e.norm for e in rows),
-        max(e.worst for e in rows),
-        max((e.gain for e in rows), key=abs),
-        max(e.misrounded for e in rows),
-        sum(e.count for e in rows),
-    )
+    return dataclasses.replace(functools.reduce(budget.largest, rows), count=sum(e.count for e in rows))
 
 
 def _run(program: Program, calls: tuple[Call, ...], session: Session) -> tuple[dict[str, Tensor], bool]:
@@ -186,9 +181,8 @@ def judge_kept(
 
 def misshapen(kept: Kept, wanted: TensorType) -> str:
     """What is wrong with an output before any number is compared: its type, or an element that is not finite."""
-    name = dtype_name(wanted.dtype)
-    if tuple(kept.shape) != wanted.shape or kept.dtype != name or kept.values.dtype != wanted.dtype:
-        return f"came as {kept.dtype}{list(kept.shape)}, wanted {name}{list(wanted.shape)}"
+    if misfit := kept.misfit(wanted.shape, wanted.dtype):
+        return f"came as {misfit}"
     return "" if kept.finite else "holds NaN or infinity"
 
 

@@ -129,14 +129,8 @@ def _absent(wanted: Mapping[str, TensorType], came: Mapping[str, Kept]) -> list[
 
 def _strange(kept: Kept, type_: TensorType, chosen: Selection) -> list[str]:
     """What is wrong with an output before any number is looked at."""
-    dtype = str(type_.dtype).removeprefix("torch.")
-    lines = []
-    if tuple(kept.shape) != type_.shape:
-        lines.append(f"shape is {list(kept.shape)}, wanted {list(type_.shape)}")
-    if kept.dtype != dtype or kept.values.dtype != type_.dtype:
-        lines.append(f"dtype is {kept.dtype}, wanted {dtype}")
-    if not lines and kept.values.numel() != chosen.count(torch.Size(type_.shape).numel()):
-        lines.append(f"{kept.values.numel()} elements were kept, the selection takes {chosen.count(0)}")
-    if not lines and not kept.finite:
-        lines.append("not every element of the whole output is finite")
-    return lines
+    if misfit := kept.misfit(type_.shape, type_.dtype):
+        return [f"it is {misfit}"]
+    if kept.values.numel() != chosen.count(torch.Size(type_.shape).numel()):
+        return [f"{kept.values.numel()} elements were kept, the selection takes {chosen.count(0)}"]
+    return [] if kept.finite else ["not every element of the whole output is finite"]

@@ -14,7 +14,7 @@ from helios.graph import Builder, Graph, Rate, TensorType, Value
 from helios.program import EMPTY, Program
 from helios_conformance.session import Session
 
-__all__ = ["WEIGHTS", "OneNode", "outputs_of", "run_body", "types_of", "widened"]
+__all__ = ["WEIGHTS", "OneNode", "by_name", "outputs_of", "run_body", "types_of", "widened"]
 
 WEIGHTS = frozenset({"weight", "bias", "gamma", "wq", "wk", "wv", "bq", "bk", "bv", "q_weight", "k_weight"})
 """Operands that are weights in every Helios graph: given at that rate, so that kernels that pack them do so."""
@@ -65,7 +65,7 @@ class OneNode:
     def load(self, session: Session, tensors: Sequence[Any]) -> Program:
         """Lowered on the device, with the weights among these operands loaded."""
         program = session.lower({"main": self.graph})
-        program.load(_Given(_by_name(tensors)))
+        program.load(_Given(by_name(tensors)))
         return program
 
     def run(self, program: Program, tensors: Sequence[Any]) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ class OneNode:
     def feeds(self, tensors: Sequence[Any]) -> dict[str, Tensor]:
         """The operands that change with each step, by the names of the graph's inputs."""
         steps = {v.name for v in self.graph.inputs_at(Rate.STEP)}
-        return {n: t for n, t in _by_name(tensors).items() if n in steps}
+        return {n: t for n, t in by_name(tensors).items() if n in steps}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,7 +86,8 @@ class _Given:
         return self.tensors[name]
 
 
-def _by_name(tensors: Sequence[Any]) -> dict[str, Tensor]:
+def by_name(tensors: Sequence[Any]) -> dict[str, Tensor]:
+    """Operands that are there: ``i0``, ``i1`` …, of a list ``i0.0``, ``i0.1`` …"""
     named: dict[str, Tensor] = {}
     for i, x in enumerate(tensors):
         if isinstance(x, list | tuple):

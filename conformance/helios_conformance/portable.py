@@ -7,7 +7,7 @@ the numbers (guards, poison, repeats, strides) needs the device at hand and stay
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from helios_conformance.draws import Root
 from helios_conformance.golden import Call, calls_of, golden
 from helios_conformance.graph_runs import SceneCheck
 from helios_conformance.node_values import NodeValues
-from helios_conformance.one_node import run_body, widened
+from helios_conformance.one_node import by_name, run_body, widened
 from helios_conformance.references import References
 
 __all__ = ["IMPORTED", "Portable", "judge", "of"]
@@ -98,7 +98,7 @@ class _Node:
         return {
             _label(name, run): tensor
             for run, values in self.runs.items()
-            for name, tensor in _operands(values.tensors).items()
+            for name, tensor in by_name(values.tensors).items()
         }
 
     def wanted(self) -> dict[str, TensorType]:
@@ -139,16 +139,6 @@ class _Node:
 
 def _label(name: str, run: str) -> str:
     return f"{name}@{run}" if run else name
-
-
-def _operands(tensors: Sequence[Any]) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = {}
-    for i, x in enumerate(tensors):
-        if isinstance(x, list | tuple):
-            named |= {f"i{i}.{j}": t for j, t in enumerate(x)}
-        elif x is not None:
-            named[f"i{i}"] = x
-    return named
 
 
 def _plain(value: Any) -> Any:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from helios_conformance import selection
 from helios_conformance.case import Case
+from helios_conformance.differences import Difference, differences, told_as
 from helios_conformance.draws import Root
 from helios_conformance.intake import shown
 from helios_conformance.record import observation_of, record
 from helios_conformance.references import References
 from helios_conformance.runner import judged
 
-__all__ = ["HOSTS", "MISROUNDED", "case_differences", "differences", "near", "output_contradictions"]
+__all__ = ["HOSTS", "MISROUNDED", "case_differences", "near", "output_contradictions"]
 
 HOSTS = 1e-4
 """Part of its bound by which a statistic may differ between two hosts: sums of float64 depend on their order. What is
@@ -32,9 +33,6 @@ own last bits decide how a small element rounds: up to 4e-4 between AVX2 and pla
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 _DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.int64, torch.int32, torch.uint8, torch.bool)}
-
-Difference = tuple[str, str]
-"""Where, and what is wrong there."""
 
 
 def case_differences(
@@ -88,7 +86,7 @@ def _whole(place: str, output: Mapping[str, Any], values: Tensor) -> Iterator[Di
 def _against(told: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[Difference]:
     """A record against the recomputed one; figures and the words about them may differ as hosts do."""
     wrong = [
-        (f"outputs.{name}.{which}.{key}", f"it says {_text(output[which][key])}, recomputed {_text(value)}")
+        (f"outputs.{name}.{which}.{key}", f"it says {told_as(output[which][key])}, recomputed {told_as(value)}")
         for name, output in told["outputs"].items()
         for which in ("errors", "bounds", "reference")
         if _pair(output, fresh["outputs"][name], which)
@@ -98,7 +96,7 @@ def _against(told: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[Differen
     if told["state"] != fresh["state"]:
         wrong.append(("state", f"it says {told['state']}, recomputed {fresh['state']}: {shown(str(fresh['reason']))}"))
     elif not _same_words(told["reason"], str(fresh["reason"])):
-        wrong.append(("reason", f"it says {_text(told['reason'])}, recomputed {_text(fresh['reason'])}"))
+        wrong.append(("reason", f"it says {told_as(told['reason'])}, recomputed {told_as(fresh['reason'])}"))
     return wrong + differences(_without(told), _without(fresh))
 
 
@@ -133,28 +131,3 @@ def _same_words(told: str, fresh: str) -> bool:
         return False
     pairs = zip(_NUMBER.findall(told), _NUMBER.findall(fresh), strict=True)
     return all(a == b or math.isclose(float(a), float(b), rel_tol=0.02) for a, b in pairs)
-
-
-def differences(told: Any, wanted: Any, place: str = "") -> list[Difference]:
-    """Where two JSON values differ, types included: 1, 1.0 and true are three things."""
-    if isinstance(told, dict) and isinstance(wanted, dict):
-        keys = [*wanted, *(key for key in told if key not in wanted)]
-        return [d for key in keys for d in _item(told, wanted, key, f"{place}.{key}" if place else str(key))]
-    if isinstance(told, list) and isinstance(wanted, list) and len(told) == len(wanted):
-        pairs = enumerate(zip(told, wanted, strict=True))
-        return [d for i, (a, b) in pairs for d in differences(a, b, f"{place}[{i}]")]
-    if type(told) is type(wanted) and told == wanted:
-        return []
-    return [(place, f"it says {_text(told)}, and must say {_text(wanted)}")]
-
-
-def _item(told: Mapping[str, Any], wanted: Mapping[str, Any], key: str, place: str) -> list[Difference]:
-    if key not in told:
-        return [(place, "it is missing")]
-    if key not in wanted:
-        return [(place, "it does not belong there")]
-    return differences(told[key], wanted[key], place)
-
-
-def _text(value: Any) -> str:
-    return shown(json.dumps(value, ensure_ascii=False), 160)

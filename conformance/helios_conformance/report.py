@@ -19,8 +19,9 @@ import helios
 from helios.ops import OPSET, opset_hash
 from helios_conformance import FORMAT, realtime, suite, verdict
 from helios_conformance import divergence as free
-from helios_conformance.case import Case
-from helios_conformance.run import RunResult
+from helios_conformance.case import Case, Observation, Verdict
+from helios_conformance.record import record
+from helios_conformance.run import UNASKED, RunResult
 
 __all__ = ["assemble", "coverage", "derived", "divergence", "dumps", "kind", "schema", "speed", "weights"]
 
@@ -37,13 +38,7 @@ _BACKEND: Mapping[str, Any] = {
     "class": None,
     "distribution": None,
     "version": None,
-    "api_version": None,
-    "kind": "kernels",
-    "emulated": "",
-    "device": None,
-    "precisions": [],
-    "kernels": 0,
-    "fusions": [],
+    **UNASKED,
     "threads": 1,
 }
 """What is said of a backend that could not be asked."""
@@ -184,20 +179,7 @@ def _records(result: RunResult, precision: str) -> list[dict[str, Any]]:
 
 def _absent(case: Case, problem: str) -> dict[str, Any]:
     reason = problem or "the run ended before"
-    return {
-        "id": case.id,
-        "level": case.level,
-        "check": case.check,
-        "precision": case.precision,
-        "required": case.required,
-        "state": "not_run",
-        "reason": reason,
-        "seconds": 0.0,
-        "facts": {"not_run": reason},
-        "coverage": [],
-        "unsupported": "",
-        "outputs": {},
-    }
+    return record(case, Observation(facts={"not_run": reason}), Verdict("not_run", reason), 0.0)
 
 
 def _again(report: Mapping[str, Any]) -> str:

@@ -23,7 +23,18 @@ from helios_conformance import FORMAT
 from helios_conformance.case import Case, Level, Suite
 from helios_conformance.draws import Root
 
-__all__ = ["RunFolder", "RunResult", "Setup", "in_order", "now"]
+__all__ = ["UNASKED", "RunFolder", "RunResult", "Setup", "in_order", "now"]
+
+UNASKED: Mapping[str, Any] = {
+    "api_version": None,
+    "kind": "kernels",
+    "emulated": "",
+    "device": None,
+    "precisions": [],
+    "kernels": 0,
+    "fusions": [],
+}
+"""What a report says of a backend that could not be asked."""
 
 
 def now() -> str:

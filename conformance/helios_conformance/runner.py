@@ -27,7 +27,7 @@ from helios_conformance.case import PRECISIONS, Case, Observation, Verdict
 from helios_conformance.draws import Root
 from helios_conformance.record import record, tensors_of
 from helios_conformance.references import References, committed
-from helios_conformance.run import RunFolder, RunResult, Setup, in_order, now
+from helios_conformance.run import UNASKED, RunFolder, RunResult, Setup, in_order, now
 from helios_conformance.subject import distribution
 from helios_conformance.workers import Lost, Refused, Worker, peak_rss
 
@@ -345,13 +345,7 @@ def _nobody(spec: str) -> dict[str, Any]:
         "label": spec,
         "class": "",
         **distribution(parse_spec(spec)[0]),
-        "api_version": None,
-        "kind": "kernels",
-        "emulated": "",
-        "device": None,
-        "precisions": [],
-        "kernels": 0,
-        "fusions": [],
+        **UNASKED,
         "threads": 0,
     }
 

@@ -24,9 +24,10 @@ from helios.errors import HeliosError, InputError
 from helios_conformance import bundle, graphs, html, manifest, realtime, report, signing, suite, verdict
 from helios_conformance.case import LEVELS
 from helios_conformance.contradictions import contradictions
+from helios_conformance.differences import differences
 from helios_conformance.draws import Root
 from helios_conformance.intake import REPORT_BYTES, Refused, read_bytes, read_json, shown
-from helios_conformance.recheck import case_differences, differences
+from helios_conformance.recheck import case_differences
 from helios_conformance.references import References, committed
 
 __all__ = ["ATTESTED", "Finding", "Outcome", "verify"]

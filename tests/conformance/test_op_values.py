@@ -81,8 +81,8 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
         ("concat[bf16,long]", flip_last_bit, "must be exact"),
         ("cast[fp32,bfloat16]", flip_last_bit, "must be exact"),
         ("linear[bf16,wide]", shifted, "norm of the error"),
-        ("linear[bf16,wide]", lambda x: x.float(), "dtype is float32"),
-        ("linear[bf16,wide]", lambda x: x[:, 1:], "shape is"),
+        ("linear[bf16,wide]", lambda x: x.float(), "it is float32["),
+        ("linear[bf16,wide]", lambda x: x[:, 1:], "it is bfloat16["),
         ("linear[fp32,wide]", lambda x: x * (1 + 1e-5), "gain"),
     ],
 )
@@ -115,9 +115,9 @@ def test_an_observation_has_to_be_whole() -> None:
     assert "wanted o0" in judged(case, Observation({}))
     assert "wanted o0" in judged(case, Observation({**right.outputs, "o1": right.outputs["o0"]}))
     assert "elements were kept" in judged(case, observed(case, values=right.outputs["o0"].values[:-1]))
-    assert "dtype" in judged(case, observed(case, values=right.outputs["o0"].values.float()))
-    assert "dtype" in judged(case, observed(case, dtype="float32"))
-    assert "shape" in judged(case, observed(case, shape=(65, 640)))
+    assert "kept as float32" in judged(case, observed(case, values=right.outputs["o0"].values.float()))
+    assert "it is float32[" in judged(case, observed(case, dtype="float32"))
+    assert "it is bfloat16[65, 640], wanted" in judged(case, observed(case, shape=(65, 640)))
     assert "finite" in judged(case, observed(case, finite=False))
 
 

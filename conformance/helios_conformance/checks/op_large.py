@@ -206,8 +206,8 @@ def _chosen(root: Root, case: Case, size: int, digest: str) -> Index:
 
 
 def _strange(kept: Kept, shape: tuple[int, ...], chosen: Index) -> list[str]:
-    if tuple(kept.shape) != shape or kept.dtype != "bfloat16" or kept.values.dtype != torch.bfloat16:
-        return [f"o0 is {kept.dtype}{list(kept.shape)}, wanted bfloat16{list(shape)}"]
+    if misfit := kept.misfit(shape, torch.bfloat16):
+        return [f"o0 is {misfit}"]
     if kept.values.numel() != len(chosen):
         return [f"o0: {kept.values.numel()} elements were kept, the selection takes {len(chosen)}"]
     return [] if kept.finite else ["o0: not every element of the whole output is finite"]

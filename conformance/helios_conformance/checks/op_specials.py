@@ -174,12 +174,10 @@ def _taker(
     def take(outputs: Mapping[str, Tensor]) -> Tensor:
         return chosen.take(selection.as_matrix(outputs[name], layout))
 
-    wanted, came = str(dtype).removeprefix("torch."), kept.values
-    if tuple(kept.shape) != shape or kept.dtype != wanted or came.dtype != dtype:
-        return [f"it is {kept.dtype}{list(kept.shape)}, wanted {wanted}{list(shape)}"], take
-    if came.numel() != chosen.count(math.prod(shape)):
-        return [f"{came.numel()} elements were kept, the selection takes {chosen.count(math.prod(shape))}"], take
-    return [], take
+    if misfit := kept.misfit(shape, dtype):
+        return [f"it is {misfit}"], take
+    count, wanted = kept.values.numel(), chosen.count(math.prod(shape))
+    return [f"{count} elements were kept, the selection takes {wanted}"] if count != wanted else [], take
 
 
 def _propagation(result: Tensor, oracle: Tensor) -> list[str]:

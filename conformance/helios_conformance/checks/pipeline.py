@@ -137,8 +137,8 @@ class Videos:
     def _frames(case: Case, kept: Kept, latents: Tensor, root: Root, shares: Mapping[str, int]) -> Judged | str:
         """The device's frames against the oracle's decoding of the device's own latents."""
         oracle = decoded(latents)
-        if kept.shape != tuple(oracle.shape) or kept.values.dtype != torch.uint8:
-            return f"frames came as {kept.dtype}{list(kept.shape)}, wanted uint8{list(oracle.shape)}"
+        if misfit := kept.misfit(oracle.shape, torch.uint8):
+            return f"frames came as {misfit}"
         right = chosen_of(root, case, "frames", kept, oracle, shares["frames"]).double()
         if right.shape != kept.values.shape:
             return f"{kept.values.numel()} values of the frames are kept, their digest chooses {right.numel()}"

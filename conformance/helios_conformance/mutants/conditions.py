@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helios.backend import Backend, Kernel
-from helios_conformance.mutants.mutant import BF16, FP32, Mutant, backend_with, touched, wrong_kernels
+from helios_conformance.mutants.mutant import BF16, FP32, Mutant, backend_with, of_family, touched
 
 __all__ = ["MUTANTS"]
 
@@ -155,8 +155,7 @@ def _wrapping(backend: Backend, name: str, run: Any) -> Backend:
     return backend_with(backend, kernels={**backend.kernels, name: kernel}, fusions=())
 
 
-def _mutant(name: str, wrong: str, kernel: Any, *ops: str, **told: Any) -> Mutant:
-    return wrong_kernels(name, wrong, "conditions", dict.fromkeys(ops, kernel), **told)
+_mutant = of_family("conditions")
 
 
 def _stateful(name: str, wrong: str, apply: Any, *ops: str, **told: Any) -> Mutant:

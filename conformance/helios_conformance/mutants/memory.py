@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios.backend import Backend, Kernel
-from helios_conformance.mutants.mutant import BF16, Mutant, backend_with, touched, wrong_kernels
+from helios_conformance.mutants.mutant import BF16, Mutant, backend_with, of_family, touched
 
 __all__ = ["MUTANTS"]
 
@@ -160,8 +160,7 @@ def _stale_packing(backend: Backend) -> Backend:
     return backend_with(backend, kernels={**backend.kernels, "linear": kernel}, fusions=())
 
 
-def _mutant(name: str, wrong: str, kernel: Any, *ops: str, **told: Any) -> Mutant:
-    return wrong_kernels(name, wrong, "memory", dict.fromkeys(ops, kernel), **told)
+_mutant = of_family("memory")
 
 
 _LINEAR = touched(("linear",))

@@ -29,6 +29,7 @@ __all__ = [
     "Mutant",
     "Wrong",
     "backend_with",
+    "of_family",
     "program_with",
     "touched",
     "wide",
@@ -78,6 +79,15 @@ def wrong_kernels(name: str, wrong: str, family: str, kernels: Mapping[str, Wron
         told: other attributes of the mutant.
     """
     return Mutant(name, wrong, family, lambda b: _with_kernels(b, kernels), ops=touched(kernels), **told)
+
+
+def of_family(family: str) -> Callable[..., Mutant]:
+    """The maker of a family's mutants, ``(name, wrong, kernel, *ops, **told)``: one wrong kernel for all these ops."""
+
+    def make(name: str, wrong: str, kernel: Wrong, *ops: str, **told: Any) -> Mutant:
+        return wrong_kernels(name, wrong, family, dict.fromkeys(ops, kernel), **told)
+
+    return make
 
 
 def _with_kernels(backend: Backend, kernels: Mapping[str, Wrong]) -> Backend:

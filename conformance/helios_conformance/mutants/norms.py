@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helios_conformance.mutants.mutant import BF16, Mutant, wrong_kernels
+from helios_conformance.mutants.mutant import BF16, Mutant, Wrong, of_family
 
 __all__ = ["MUTANTS"]
 
@@ -48,37 +49,35 @@ def _over_heads(
     return out_q.to(q.dtype), out_k.to(k.dtype)
 
 
-def _unbiased(
-    right: Any,
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    dtype: Any = None,
-) -> Tensor:
+def _layer_norm(normed: Callable[[Tensor, float], Tensor]) -> Wrong:
+    """A LayerNorm that is right but for ``normed(x, eps)``, which centres and scales into float32."""
+
+    def run(
+        right: Any,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        eps: float = 1e-6,
+        dtype: Any = None,
+    ) -> Tensor:
+        out = normed(x, eps)
+        out = out if weight is None else out * weight.float()
+        return (out if bias is None else out + bias.float()).to(dtype or x.dtype)
+
+    return run
+
+
+def _unbiased(x: Tensor, eps: float) -> Tensor:
     wide = x.float()
-    centred = wide - wide.mean(-1, keepdim=True)
-    out = centred * torch.rsqrt(wide.var(-1, keepdim=True) + eps)
-    out = out if weight is None else out * weight.float()
-    return (out if bias is None else out + bias.float()).to(dtype or x.dtype)
+    return (wide - wide.mean(-1, keepdim=True)) * torch.rsqrt(wide.var(-1, keepdim=True) + eps)
 
 
-def _one_pass(
-    right: Any,
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    dtype: Any = None,
-) -> Tensor:
+def _one_pass(x: Tensor, eps: float) -> Tensor:
     """Variance as the mean of squares less the square of the mean, both in the working dtype."""
     mean = x.mean(-1, keepdim=True)
     variance = ((x * x).mean(-1, keepdim=True) - mean * mean).float().clamp_min(0.0)
-    out = (x.float() - mean.float()) * torch.rsqrt(variance + eps)
-    out = out if weight is None else out * weight.float()
-    return (out if bias is None else out + bias.float()).to(dtype or x.dtype)
+    return (x.float() - mean.float()) * torch.rsqrt(variance + eps)
 
 
 def _no_bias(right: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **attrs: Any) -> Any:
@@ -131,8 +130,7 @@ def _no_root(right: Any, x: Tensor, gamma: Tensor, **attrs: Any) -> Tensor:
     return (F.normalize(x.float(), dim=1) * math.sqrt(x.shape[1] - 1) * gain).to(x.dtype)
 
 
-def _mutant(name: str, wrong: str, kernel: Any, *ops: str, **told: Any) -> Mutant:
-    return wrong_kernels(name, wrong, "norms", dict.fromkeys(ops, kernel), **told)
+_mutant = of_family("norms")
 
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -147,11 +145,11 @@ MUTANTS: tuple[Mutant, ...] = (
         _over_heads,
         "qk_norm_rope",
     ),
-    _mutant("layer_unbiased", "LayerNorm divides by n - 1.", _unbiased, "layer_norm"),
+    _mutant("layer_unbiased", "LayerNorm divides by n - 1.", _layer_norm(_unbiased), "layer_norm"),
     _mutant(
         "layer_one_pass",
         "LayerNorm takes its variance from sums in the working dtype.",
-        _one_pass,
+        _layer_norm(_one_pass),
         "layer_norm",
         precisions=BF16,
     ),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helios_conformance.mutants.mutant import FP32, Mutant, wrong_kernels
+from helios_conformance.mutants.mutant import FP32, Mutant, of_family
 from helios_conformance.mutants.products import truncated
 
 __all__ = ["MUTANTS"]
@@ -130,8 +130,7 @@ def _smooth(right: Any, x: Tensor) -> Any:
     return frames.reshape(b, c, t, 2 * h, 2 * w).to(x.dtype)
 
 
-def _mutant(name: str, wrong: str, kernel: Any, *ops: str, **told: Any) -> Mutant:
-    return wrong_kernels(name, wrong, "positions", dict.fromkeys(ops, kernel), **told)
+_mutant = of_family("positions")
 
 
 MUTANTS: tuple[Mutant, ...] = (

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helios_conformance.mutants.mutant import BF16, FP32, Mutant, wide, wrong_kernels
+from helios_conformance.mutants.mutant import BF16, FP32, Mutant, of_family, wide
 
 __all__ = ["MUTANTS"]
 
@@ -119,8 +119,7 @@ def _fp16_range(right: Any, x: Tensor, *rest: Any, **attrs: Any) -> Any:
     return right(x.clamp(-16.0, 16.0), *rest, **attrs)
 
 
-def _mutant(name: str, wrong: str, kernel: Any, *ops: str, **told: Any) -> Mutant:
-    return wrong_kernels(name, wrong, "products", dict.fromkeys(ops, kernel), **told)
+_mutant = of_family("products")
 
 
 MUTANTS: tuple[Mutant, ...] = (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from helios.backend import Backend, Kernel
 from helios.op import accumulator
-from helios_conformance.mutants.mutant import Mutant, backend_with, touched, wrong_kernels
+from helios_conformance.mutants.mutant import Mutant, backend_with, of_family, touched
 
 __all__ = ["MUTANTS"]
 
@@ -138,8 +138,7 @@ def _coefficients_of_before(backend: Backend) -> Backend:
     return backend_with(backend, kernels={**backend.kernels, **kernels}, fusions=())
 
 
-def _mutant(name: str, wrong: str, kernel: Any, *ops: str, **told: Any) -> Mutant:
-    return wrong_kernels(name, wrong, "sampler", dict.fromkeys(ops, kernel), **told)
+_mutant = of_family("sampler")
 
 
 MUTANTS: tuple[Mutant, ...] = (

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from helios.pipeline.request import frames_of_chunks
+from helios_conformance.differences import differences
 from helios_conformance.realtime import classes, clocks, roofline, summary, targets
 from helios_conformance.realtime.film import SPLIT
 
@@ -53,29 +54,16 @@ def _guarded(rule: Rule, told: Mapping[str, Any], made: Mapping[str, Any], repor
 
 def _same(told: Mapping[str, Any], made: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
     """The section is what the records give."""
-    paths = list(_differences(told, made, "realtime"))
+    paths = sorted(place for place, _ in differences(told, made, "realtime", _near))
     more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     return [f"the section is not what its cases give: {', '.join(paths[:5])}{more}"] if paths else []
 
 
-def _differences(told: Any, made: Any, path: str) -> Iterator[str]:
-    if isinstance(made, Mapping) and isinstance(told, Mapping):
-        for key in sorted(map(str, {*told, *made})):
-            if key not in told or key not in made:
-                yield f"{path}.{key}"
-            else:
-                yield from _differences(told[key], made[key], f"{path}.{key}")
-    elif isinstance(made, list | tuple) and isinstance(told, list | tuple):
-        if len(made) != len(told):
-            yield path
-        else:
-            for i, (a, b) in enumerate(zip(told, made, strict=True)):
-                yield from _differences(a, b, f"{path}[{i}]")
-    elif isinstance(made, bool) or isinstance(told, bool) or not isinstance(made, int | float):
-        if type(told) is not type(made) or told != made:
-            yield path
-    elif not isinstance(told, int | float) or not math.isclose(told, made, rel_tol=1e-9, abs_tol=1e-12):
-        yield path
+def _near(told: Any, made: Any) -> bool:
+    """Whether two figures or words agree; a whole number may stand for a float."""
+    if isinstance(made, bool) or isinstance(told, bool) or not isinstance(made, int | float):
+        return type(told) is type(made) and bool(told == made)
+    return isinstance(told, int | float) and math.isclose(told, made, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def _runs(told: Mapping[str, Any], made: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:

@@ -140,8 +140,8 @@ def _decoded(options: Options, variant: str, latents: Tensor, root: Root, count:
 
 
 def _frames(case: Case, root: Root, kept: Kept, oracle: Tensor) -> Judged | str:
-    if kept.shape != tuple(oracle.shape) or kept.values.dtype != torch.uint8:
-        return f"shown: frames came as {kept.dtype}{list(kept.shape)}, wanted uint8{list(oracle.shape)}"
+    if misfit := kept.misfit(oracle.shape, torch.uint8):
+        return f"shown: frames came as {misfit}"
     chosen = selection.selection(root, case.id, "frames", kept.shape, kept.values.dtype, kept.digest)
     right = chosen.take(selection.as_matrix(oracle)).double()
     if right.shape != kept.values.shape:

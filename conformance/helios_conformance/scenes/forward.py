@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from helios.backend import PRECISIONS
 from helios.graph import Graph, Value
 from helios.model.config import TransformerConfig
 from helios.model.shapes import transformer_shapes
@@ -16,7 +15,7 @@ from helios.model.transformer import DenoiseShape, HistoryShape, denoise_graph
 from helios.op import accumulator
 from helios.pipeline.history import Window
 from helios_conformance.draws import Root, normal
-from helios_conformance.golden import Call, Calls
+from helios_conformance.golden import Call, Calls, InPrecision
 from helios_conformance.scenes.weights import LoudWeights, Spread, loud
 
 __all__ = ["Forward", "held_back", "text_of"]
@@ -26,7 +25,7 @@ _TIMESTEPS = (999.0, 512.0, 3.0, 761.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Forward:
+class Forward(InPrecision):
     """Forwards of a transformer, once a stage and prompt.
 
     Attributes:
@@ -59,9 +58,6 @@ class Forward:
     late: int = 0
 
     forced = False
-
-    def dtype(self, precision: str) -> torch.dtype:
-        return PRECISIONS[precision]
 
     @property
     def window(self) -> Window:

@@ -9,23 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helios.backend import PRECISIONS
 from helios.graph import Graph
 from helios.model import presets
 from helios.model.config import SchedulerConfig
 from helios.op import accumulator
-from helios.pipeline.denoise import STATES, Layout, denoise_graphs
+from helios.pipeline.denoise import Layout, denoise_graphs
 from helios.pipeline.history import Window
 from helios.sampler import Schedule, Stage, build_schedule, guidance_coeffs, pyramid_tokens
 from helios_conformance.draws import Root, normal
-from helios_conformance.golden import Call, Calls
-from helios_conformance.scenes.trajectory import Steps
+from helios_conformance.golden import Call, Calls, InPrecision
+from helios_conformance.scenes.trajectory import Steps, solver_steps
 
 __all__ = ["Sampler"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampler:
+class Sampler(InPrecision):
     """All steps of one chunk without a network: noise down, guidance, steps, up into the next stage.
 
     Attributes:
@@ -46,9 +45,6 @@ class Sampler:
     batch: int = 1
 
     forced = True
-
-    def dtype(self, precision: str) -> torch.dtype:
-        return PRECISIONS[precision]
 
     @property
     def layout(self) -> Layout:
@@ -82,18 +78,12 @@ class Sampler:
             sample = yield from self._stage(i, stage, schedule.solver, sample, draw)
 
     def _stage(self, i: int, stage: Stage, solver: str, sample: Tensor, draw: _Draws) -> Steps:
-        state = dict.fromkeys(STATES[solver], sample if solver == "dmd" else torch.zeros_like(sample))
-        for step in range(len(stage)):
-            velocity = draw.narrow("velocity", sample.shape, i, step)
-            if self.zero_star is not None:
-                velocity = yield from self._guided(i, step, velocity, draw)
-            inputs = {"sample": sample, "velocity": velocity, "coeffs": draw.vector(stage.coeffs(step)), **state}
-            out = yield Call(f"s{i}.k{step}.step", f"step.{i}", inputs)
-            if solver == "unipc":
-                newest = {name: out[name].to(draw.acc) for name in ("last", "newer")}
-                state = {**newest, "older": state["newer"]}
-            sample = out["sample"].to(draw.acc)
-        return sample
+        def velocity(step: int, sample: Tensor) -> Steps:
+            drawn = draw.narrow("velocity", sample.shape, i, step)
+            return drawn if self.zero_star is None else (yield from self._guided(i, step, drawn, draw))
+
+        names = [f"s{i}.k{step}.step" for step in range(len(stage))]
+        return solver_steps(solver, stage, f"step.{i}", names, sample, velocity)
 
     def _guided(self, i: int, step: int, cond: Tensor, draw: _Draws) -> Steps:
         uncond = 0.5 * cond.to(draw.acc) + draw.wide("uncond", cond.shape, i, step)

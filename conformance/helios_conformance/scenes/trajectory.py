@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from helios.backend import PRECISIONS
 from helios.graph import Graph
 from helios.model import presets
 from helios.model.config import TransformerConfig
@@ -19,18 +18,49 @@ from helios.pipeline.denoise import STATES, Layout, denoise_graphs
 from helios.pipeline.history import Window
 from helios.sampler import Schedule, Stage, build_schedule, guidance_coeffs, pyramid_tokens
 from helios_conformance.draws import Root, normal
-from helios_conformance.golden import Call, Calls, Tensors
+from helios_conformance.golden import Call, Calls, InPrecision, Tensors
 from helios_conformance.scenes.forward import text_of
 from helios_conformance.scenes.weights import LoudWeights
 
-__all__ = ["Trajectory"]
+__all__ = ["Steps", "Trajectory", "solver_steps"]
 
 Steps: TypeAlias = Generator[Call, Tensors, Tensor]
 """Calls that end with a tensor."""
 
 
+def solver_steps(
+    solver: str,
+    stage: Stage,
+    entry: str,
+    names: Sequence[str],
+    sample: Tensor,
+    velocity: Callable[[int, Tensor], Steps],
+) -> Steps:
+    """All steps of a stage; ends with the sample after the last.
+
+    Args:
+        solver: ``euler``, ``unipc`` or ``dmd``.
+        stage: whose coefficients.
+        entry: the graph of one step.
+        names: of the steps' calls.
+        sample: before the first step, in the accumulator's dtype, as coefficients and states are.
+        velocity: the calls that end with a step's velocity, given the step and the sample.
+    """
+    wide = sample.dtype
+    state = dict.fromkeys(STATES[solver], sample if solver == "dmd" else torch.zeros_like(sample))
+    for step, name in enumerate(names):
+        fed = yield from velocity(step, sample)
+        coeffs = torch.tensor(stage.coeffs(step), dtype=wide)
+        out = yield Call(name, entry, {"sample": sample, "velocity": fed, "coeffs": coeffs, **state})
+        if solver == "unipc":
+            newest = {key: out[key].to(wide) for key in ("last", "newer")}
+            state = {**newest, "older": state["newer"]}
+        sample = out["sample"].to(wide)
+    return sample
+
+
 @dataclasses.dataclass(frozen=True)
-class Trajectory:
+class Trajectory(InPrecision):
     """Chunks of one variant. Each call starts from where the oracle arrived, rounded to what the graph takes.
 
     Attributes:
@@ -57,9 +87,6 @@ class Trajectory:
     batch: int = 1
 
     forced = True
-
-    def dtype(self, precision: str) -> torch.dtype:
-        return PRECISIONS[precision]
 
     @property
     def layout(self) -> Layout:
@@ -126,18 +153,11 @@ class _Chunk:
         return (yield Call(f"c{self.index}.enter{i}", f"enter.{i}", inputs))["sample"].to(self.wide)
 
     def stage(self, i: int, stage: Stage, sample: Tensor) -> Steps:
-        solver = self.schedule.solver
-        state = dict.fromkeys(STATES[solver], sample if solver == "dmd" else torch.zeros_like(sample))
-        for step in range(len(stage)):
-            velocity = yield from self.velocity(i, stage, step, sample)
-            coeffs = torch.tensor(stage.coeffs(step), dtype=self.wide)
-            inputs = {"sample": sample, "velocity": velocity, "coeffs": coeffs, **state}
-            out = yield Call(self.name(i, step, "step"), f"step.{i}", inputs)
-            if solver == "unipc":
-                newest = {name: out[name].to(self.wide) for name in ("last", "newer")}
-                state = {**newest, "older": state["newer"]}
-            sample = out["sample"].to(self.wide)
-        return sample
+        def velocity(step: int, sample: Tensor) -> Steps:
+            return self.velocity(i, stage, step, sample)
+
+        names = [self.name(i, step, "step") for step in range(len(stage))]
+        return solver_steps(self.schedule.solver, stage, f"step.{i}", names, sample, velocity)
 
     def velocity(self, i: int, stage: Stage, step: int, sample: Tensor) -> Steps:
         fed = float(stage.model_timesteps[step])
