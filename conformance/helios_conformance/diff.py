@@ -23,7 +23,7 @@ from helios.backend import Backend, ReferenceBackend
 from helios.errors import HeliosError
 from helios.graph import Graph, Node, Operand, TensorType, Value
 from helios.passes import expand, fuse, prune
-from helios_conformance import budget, terms
+from helios_conformance import budget, causes, terms
 from helios_conformance.budget import Errors
 from helios_conformance.case import Judged
 from helios_conformance.cuts import Cut, blocks, cuts, prefix, segment
@@ -224,8 +224,9 @@ def _judge(node: Node, values: Mapping[str, Tensor], session: Session, block: st
     if not reasons:
         return None
     given = Given({v.name: values[v.name] for v in node.values})
-    label = session.backend.label
-    return Finding(label, str(node), block, judged, reasons, Subject(node_graph(node), given))
+    label, where = session.backend.label, session.backend.device.type
+    cause = causes.likely(node.op, node.outputs[0].type.dtype, where) if judged else ""
+    return Finding(label, str(node), block, judged, reasons, Subject(node_graph(node), given), cause)
 
 
 def _fetch(operand: Operand, values: Mapping[str, Tensor]) -> Any:
