@@ -24,7 +24,6 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from helios import graph as _graph
 from helios.errors import GraphError, HeliosError, OpError, unknown_name
@@ -365,6 +364,9 @@ class Cost:
 
 @functools.lru_cache(maxsize=65536)
 def _flops(record: Op[Any, Any], inputs: _InputTypes, attrs: tuple[tuple[str, Attr], ...]) -> int:
+    # Imports Triton where that is installed: 0.3 s, and too early for a backend that sets it up.
+    from torch.utils.flop_counter import FlopCounterMode
+
     counter = FlopCounterMode(display=False)
     with torch.device("meta"), torch.no_grad(), _eager(), counter:
         record.fn(*(_meta(t) for t in inputs), **dict(attrs))

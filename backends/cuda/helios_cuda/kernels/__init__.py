@@ -1,0 +1,16 @@
+"""The Triton kernels, a family a module; each module gives its ``KERNELS`` by op name.
+
+Importing this needs Triton and no GPU. Whether functions are made for the compiler or for the interpreter is decided
+here, at import: see ``helios_cuda.interpreter``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from helios.backend import Kernel
+from helios_cuda.kernels import residual
+
+__all__ = ["KERNELS"]
+
+KERNELS: Mapping[str, Kernel] = {**residual.KERNELS}

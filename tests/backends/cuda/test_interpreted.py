@@ -1,0 +1,46 @@
+"""Every Triton kernel in the interpreter, judged by the conformance suite like any backend: its cases, its budgets."""
+
+from __future__ import annotations
+
+import pytest
+
+from helios.backend import select
+from helios_conformance import execute, references, suite
+from helios_conformance.case import Case
+from helios_conformance.draws import Root
+from helios_conformance.session import Session
+from helios_cuda.kernels import KERNELS
+
+CHECKS = ("op_values", "op_specials", "op_refusals")
+SLOW = ("long", "long_keys")
+"""Samples of more than 8,192 tokens: a Python call per program makes minutes of them."""
+
+
+def cases(name: str, precision: str) -> list[Case]:
+    listed = suite.choose(precision, "quick", ["ops"])
+    return [case for case in listed if case.params.get("op") == name and case.check in CHECKS]
+
+
+def slow(case: Case) -> bool:
+    return str(case.params.get("sample")) in SLOW
+
+
+def judge(name: str, precision: str, *, long: bool) -> None:
+    session = Session(select("cuda:interpret"), Root(11, "n"))
+    chosen = [case for case in cases(name, precision) if slow(case) == long]
+    verdicts = {case.id: execute.run_here(case, session, references.committed())[1] for case in chosen}
+    assert {i: v.reason for i, v in verdicts.items() if v.state != "pass"} == {}
+    assert verdicts or long
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_kernels_pass_the_suite(name: str, precision: str) -> None:
+    judge(name, precision, long=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_kernels_pass_beyond_8192_tokens(name: str, precision: str) -> None:
+    judge(name, precision, long=True)
