@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import secrets
 import signal
@@ -224,8 +225,6 @@ def _pairs(given: Sequence[str]) -> dict[str, Any]:
 
 def _with_options(setup: Setup, options: Mapping[str, Any]) -> Setup:
     """The setup with settings of realtime, and with the identity of its checkpoint."""
-    import dataclasses
-
     if options:
         from helios_conformance.realtime.options import Options
 
@@ -314,8 +313,12 @@ def _bundle(result: RunResult) -> tuple[Path, dict[str, Any]]:
 
 def _tell(result: RunResult, report: Path, verdict: Mapping[str, Any], *, json: bool) -> None:
     """The verdict with its scope, and where the report is."""
+    from helios_conformance.cli import open_ops
+
+    todo = open_ops.of(result)
     if json:
-        output.print_json({"verdict": verdict, "report": str(report), "out": str(result.setup.out)})
+        told = {"verdict": verdict, "todo": [dataclasses.asdict(item) for item in todo]}
+        output.print_json({**told, "report": str(report), "out": str(result.setup.out)})
         return
     if result.setup.filters:  # few cases: each with its outcome
         for record in result.records:
@@ -323,6 +326,7 @@ def _tell(result: RunResult, report: Path, verdict: Mapping[str, Any], *, json: 
     for level, told in verdict["levels"].items():
         if told["reason"] and level in result.setup.levels and told["state"] != "pass":
             output.line(f"{level}: {told['state'].replace('_', ' ')}: {told['reason']}")
+    open_ops.tell(todo, result.setup.spec)
     peaks = [output.gigabytes(result.peak_rss.get(who, 0)) for who in ("parent", "worker")]
     lost = f"; {output.count(result.workers.get('lost', 0), 'worker')} lost" if result.workers.get("lost") else ""
     output.note(f"Peak memory: {peaks[0]} here, {peaks[1]} in a worker{lost}")
