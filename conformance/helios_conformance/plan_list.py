@@ -32,7 +32,7 @@ from helios.pipeline.history import Window
 from helios_conformance.case import PRECISIONS
 from helios_conformance.one_node import OneNode
 
-__all__ = ["Shape", "committed", "shape"]
+__all__ = ["Shape", "committed", "sampled", "shape"]
 
 FILE = "plan_nodes.json"
 HEIGHT, WIDTH = 384, 640
@@ -88,7 +88,7 @@ def listed(precision: str, layers: int = LAYERS) -> dict[str, str]:
     core ops alone, and with every fused op of the opset.
     """
     dtype = DTYPES[precision]
-    known = {_sampled(name, sample, dtype) for name in op.names() for sample in op.get(name).samples()}
+    known = {sampled(name, sample, dtype) for name in op.names() for sample in op.get(name).samples()}
     fused = [name for name in op.names() if op.get(name).kind == "fused"]
     found = {
         Shape.of(node)
@@ -119,7 +119,9 @@ def _programs(dtype: torch.dtype, layers: int) -> Iterator[dict[str, Graph]]:
     yield encode_graphs(size.vae, frames=FRAMES, **video)
 
 
-def _sampled(name: str, sample: op.Sample, dtype: torch.dtype) -> Shape:
+def sampled(name: str, sample: op.Sample, dtype: torch.dtype) -> Shape:
+    """The node that a sample of an op makes."""
+
     def type_(arg: Any) -> Any:
         if isinstance(arg, tuple):
             return tuple(type_(a) for a in arg)

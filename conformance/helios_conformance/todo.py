@@ -54,7 +54,7 @@ class Item:
         share: of the predicted time of a chunk, 0 to 1.
         nodes: how many a chunk runs.
         largest: operand types of the node that takes longest, as ``bf16[1,8640,5120], bf16[64,5120]``; empty
-            where no published run of one video from a text, an image or a video has the op.
+            where no graph of a published run has the op.
         case: the first that did not pass; an id that ``--filter`` takes.
         state: of that case, ``unsupported`` or ``fail``.
         cases: how many did not pass.
@@ -214,6 +214,7 @@ def _elsewhere(name: str, precision: str) -> str:
     """Operands of an op that only other variants, or the encoder, run: its largest node in a run at this size."""
     labels = (label for label in plan_list.committed()[precision] if label.rpartition("_")[0] == name)
     found = [plan_list.shape(precision, label).types for label in labels]
+    found += [plan_list.sampled(name, s, DTYPES[precision]).types for s in op.get(name).samples() if s.big]
     return _types(max(found, key=_elements)) if found else ""
 
 
