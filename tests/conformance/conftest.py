@@ -1,7 +1,9 @@
-"""Strangers: a distribution with backends that misbehave, installed by nothing but its folder on the path."""
+"""A bench for single cases. Strangers: a distribution with backends that misbehave, installed by nothing but its
+folder on the path."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -10,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from helios.backend import Backend, Kernel, ReferenceBackend
+from helios_conformance import execute, suite
+from helios_conformance.case import Case, Observation, Verdict
+from helios_conformance.draws import Root
+from helios_conformance.mutants import MUTANTS
+from helios_conformance.references import committed
+from helios_conformance.session import Session
 
 STRANGER = '''
 import os
@@ -203,3 +213,31 @@ def closed(bundles: Any) -> Iterator[Any]:
     """The same, and for the module the small suite is all that there is."""
     with bundles.closed():
         yield bundles
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Single cases in this process, and backends that are wrong."""
+
+    root: Root
+
+    def run(self, case: str | Case, backend: Backend) -> tuple[Observation, Verdict]:
+        found = suite.find(case) if isinstance(case, str) else case
+        return execute.run_here(found, Session(backend, self.root), committed())
+
+    @staticmethod
+    def mutant(name: str) -> Backend:
+        return next(m for m in MUTANTS if m.name == name).apply(ReferenceBackend())
+
+    @staticmethod
+    def wrong(name: str, kernel: Callable[..., Any]) -> Backend:
+        """The reference with one kernel replaced."""
+        backend = ReferenceBackend()
+        vars(backend)["kernels"] = {**backend.kernels, name: Kernel(kernel)}
+        return backend
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest) -> Bench:
+    """With the draws of the module's ``ROOT``."""
+    return Bench(request.module.ROOT)

@@ -11,31 +11,13 @@ import torch
 from torch import Tensor
 
 from helios import op
-from helios.backend import Backend, Kernel, ReferenceBackend, select
+from helios.backend import ReferenceBackend, select
 from helios_conformance import execute, selection, suite
-from helios_conformance.case import Observation, Verdict
+from helios_conformance.case import Observation
 from helios_conformance.draws import Root
-from helios_conformance.mutants import MUTANTS
 from helios_conformance.references import committed
-from helios_conformance.session import Session
 
 ROOT = Root(71)
-
-
-def run(case: str, backend: Backend, root: Root = ROOT) -> tuple[Observation, Verdict]:
-    return execute.run_here(suite.find(case), Session(backend, root), committed())
-
-
-def mutant(name: str) -> Backend:
-    return next(m for m in MUTANTS if m.name == name).apply(ReferenceBackend())
-
-
-class Wrong(ReferenceBackend):
-    """The reference with one kernel replaced."""
-
-    def __init__(self, name: str, kernel: Callable[..., Any]) -> None:
-        super().__init__()
-        self.kernels = {**self.kernels, name: Kernel(kernel)}
 
 
 def quick_blocks(precision: str) -> list[str]:
@@ -43,8 +25,8 @@ def quick_blocks(precision: str) -> list[str]:
 
 
 @pytest.mark.parametrize("case", [c for p in ("bf16", "fp32") for c in quick_blocks(p)])
-def test_the_cpu_backend_passes(case: str) -> None:
-    seen, verdict = run(case, select("cpu"))
+def test_the_cpu_backend_passes(bench: Any, case: str) -> None:
+    seen, verdict = bench.run(case, select("cpu"))
     assert verdict.state == "pass", verdict.reason
     assert verdict.judged
     assert sum(kept.values.nbytes for kept in seen.outputs.values()) <= selection.BUDGET_BYTES
@@ -93,15 +75,15 @@ def bias_dropped(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         ("linear", bias_dropped, "block[{},tiny,first]"),
     ],
 )
-def test_a_wrong_kernel_fails(name: str, kernel: Callable[..., Any], case: str, precision: str) -> None:
-    _, verdict = run(case.format(precision), Wrong(name, kernel))
+def test_a_wrong_kernel_fails(bench: Any, name: str, kernel: Callable[..., Any], case: str, precision: str) -> None:
+    _, verdict = bench.run(case.format(precision), bench.wrong(name, kernel))
     assert verdict.state == "fail"
     assert "beyond" in verdict.reason
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_batch_of_one_does_not_see_what_is_wrong_with_two(precision: str) -> None:
-    assert run(f"block[{precision},tiny,stages]", Wrong("attention", one_video))[1].state == "pass"
+def test_a_batch_of_one_does_not_see_what_is_wrong_with_two(bench: Any, precision: str) -> None:
+    assert bench.run(f"block[{precision},tiny,stages]", bench.wrong("attention", one_video))[1].state == "pass"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -115,8 +97,8 @@ def test_a_batch_of_one_does_not_see_what_is_wrong_with_two(precision: str) -> N
         ("last_frame_dropped", "vae[{},decode]"),
     ],
 )
-def test_a_wrong_program_fails(name: str, case: str, precision: str) -> None:
-    assert run(case.format(precision), mutant(name))[1].state == "fail"
+def test_a_wrong_program_fails(bench: Any, name: str, case: str, precision: str) -> None:
+    assert bench.run(case.format(precision), bench.mutant(name))[1].state == "fail"
 
 
 class OneStepLate:
@@ -130,14 +112,14 @@ class OneStepLate:
         return op.get("euler_step").fn(*operands[:-1], operands[-1] if given is None else given)  # type: ignore[no-any-return]
 
 
-def test_sigma_off_by_one_step_fails() -> None:
-    _, verdict = run("sampler[fp32,euler]", Wrong("euler_step", OneStepLate()))
+def test_sigma_off_by_one_step_fails(bench: Any) -> None:
+    _, verdict = bench.run("sampler[fp32,euler]", bench.wrong("euler_step", OneStepLate()))
     assert verdict.state == "fail"
     assert "s0.k1.step.sample" in verdict.reason
     assert "s0.k0.step.sample" not in verdict.reason  # the first has nothing before it
 
 
-def test_other_bits_in_the_same_call_fail() -> None:
+def test_other_bits_in_the_same_call_fail(bench: Any) -> None:
     calls = []
 
     def drifts(x: Tensor, y: Tensor, *rest: Any, **attrs: Any) -> Tensor:
@@ -145,7 +127,7 @@ def test_other_bits_in_the_same_call_fail() -> None:
         made: Tensor = op.get("gated_add").fn(x, y, *rest, **attrs)
         return made * (1 + 2.0**-23 * (len(calls) % 2))
 
-    _, verdict = run("block[fp32,tiny,no_history]", Wrong("gated_add", drifts))
+    _, verdict = bench.run("block[fp32,tiny,no_history]", bench.wrong("gated_add", drifts))
     assert verdict.state == "fail"
     assert "other bits" in verdict.reason
 
@@ -156,9 +138,9 @@ def tampered(seen: Observation, **change: Any) -> Observation:
     return dataclasses.replace(seen, outputs={**seen.outputs, name: kept})
 
 
-def test_what_is_judged_is_what_the_digest_chooses() -> None:
+def test_what_is_judged_is_what_the_digest_chooses(bench: Any) -> None:
     case = suite.find("block[fp32,tiny,first_batch2]")
-    seen, verdict = run(case.id, ReferenceBackend())
+    seen, verdict = bench.run(case.id, ReferenceBackend())
     assert verdict.state == "pass"
     name = next(iter(seen.outputs))
     kept = seen.outputs[name]

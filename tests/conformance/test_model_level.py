@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,37 +9,19 @@ import torch
 from torch import Tensor
 
 from helios import op
-from helios.backend import Backend, Kernel, ReferenceBackend, select
-from helios_conformance import execute, selection, suite
-from helios_conformance.case import Observation, Verdict
+from helios.backend import ReferenceBackend, select
+from helios_conformance import selection, suite
 from helios_conformance.draws import Root
-from helios_conformance.mutants import MUTANTS
-from helios_conformance.references import committed
-from helios_conformance.session import Session
 
 ROOT = Root(72)
-
-
-def run(case: str, backend: Backend, root: Root = ROOT) -> tuple[Observation, Verdict]:
-    return execute.run_here(suite.find(case), Session(backend, root), committed())
-
-
-def mutant(name: str) -> Backend:
-    return next(m for m in MUTANTS if m.name == name).apply(ReferenceBackend())
-
-
-class Wrong(ReferenceBackend):
-    def __init__(self, name: str, kernel: Callable[..., Any]) -> None:
-        super().__init__()
-        self.kernels = {**self.kernels, name: Kernel(kernel)}
 
 
 QUICK = [case.id for p in ("bf16", "fp32") for case in suite.choose(p, "quick", ("model",))]
 
 
 @pytest.mark.parametrize("case", QUICK)
-def test_the_cpu_backend_passes(case: str) -> None:
-    seen, verdict = run(case, select("cpu"))
+def test_the_cpu_backend_passes(bench: Any, case: str) -> None:
+    seen, verdict = bench.run(case, select("cpu"))
     assert verdict.state == "pass", verdict.reason
     assert sum(kept.values.nbytes for kept in seen.outputs.values()) <= selection.BUDGET_BYTES * 1.1
 
@@ -61,15 +42,15 @@ def test_the_cpu_backend_passes(case: str) -> None:
         ("history_timestep_one", "forward[{},tiny,stages]"),
     ],
 )
-def test_a_wrong_program_fails(name: str, case: str, precision: str) -> None:
-    _, verdict = run(case.format(precision), mutant(name))
+def test_a_wrong_program_fails(bench: Any, name: str, case: str, precision: str) -> None:
+    _, verdict = bench.run(case.format(precision), bench.mutant(name))
     assert verdict.state == "fail"
     assert "raised" not in verdict.reason
 
 
-def test_other_frequencies_of_the_past_show_in_float32() -> None:
+def test_other_frequencies_of_the_past_show_in_float32(bench: Any) -> None:
     """With heads of twelve channels they are too near to show through the rounding of bfloat16."""
-    assert run("forward[fp32,tiny,stages]", mutant("history_frequencies"))[1].state == "fail"
+    assert bench.run("forward[fp32,tiny,stages]", bench.mutant("history_frequencies"))[1].state == "fail"
 
 
 def truncated(x: Tensor, y: Tensor, gate: Tensor | None = None, *, gate_split: int) -> Tensor:
@@ -85,11 +66,11 @@ def truncated(x: Tensor, y: Tensor, gate: Tensor | None = None, *, gate_split: i
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_truncation_shows_in_the_energy_after_40_layers(precision: str) -> None:
+def test_truncation_shows_in_the_energy_after_40_layers(bench: Any, precision: str) -> None:
     case = f"energy[{precision},tiny,40]"
-    _, right = run(case, ReferenceBackend())
+    _, right = bench.run(case, ReferenceBackend())
     assert right.state == "pass", right.reason
-    _, verdict = run(case, Wrong("gated_add", truncated))
+    _, verdict = bench.run(case, bench.wrong("gated_add", truncated))
     assert verdict.state == "fail"
     assert "energy is 0." in verdict.reason
     assert verdict.judged["stage0.hidden.39"].errors.gain < 2 * -abs(right.judged["stage0.hidden.39"].errors.gain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from helios import op
-from helios.backend import Backend, Kernel, ReferenceBackend, select
+from helios.backend import ReferenceBackend, select
 from helios.program import EMPTY, Context, Program
 from helios_conformance import divergence, execute, record, selection, suite
-from helios_conformance.case import Case, Observation, Verdict
+from helios_conformance.case import Observation
 from helios_conformance.divergence import FreeRun
 from helios_conformance.draws import Root
-from helios_conformance.mutants import MUTANTS
 from helios_conformance.mutants.mutant import program_with
 from helios_conformance.references import committed
 from helios_conformance.session import Session
@@ -26,28 +25,13 @@ from helios_conformance.session import Session
 ROOT = Root(73)
 
 
-def run(case: str | Case, backend: Backend, root: Root = ROOT) -> tuple[Observation, Verdict]:
-    found = suite.find(case) if isinstance(case, str) else case
-    return execute.run_here(found, Session(backend, root), committed())
-
-
-def mutant(name: str) -> Backend:
-    return next(m for m in MUTANTS if m.name == name).apply(ReferenceBackend())
-
-
-class Wrong(ReferenceBackend):
-    def __init__(self, name: str, kernel: Callable[..., Any]) -> None:
-        super().__init__()
-        self.kernels = {**self.kernels, name: Kernel(kernel)}
-
-
 FEW = ("video[{},text,base]", "video[{},interactive,base]", "same[{},prompts_a_b_a]", "same[{},resume]")
 QUICK = [case.id for p in ("bf16", "fp32") for case in suite.choose(p, "quick", ("pipeline",))]
 
 
 @pytest.mark.parametrize("case", [case.format(p) for case in FEW for p in ("bf16", "fp32")])
-def test_the_cpu_backend_passes(case: str) -> None:
-    seen, verdict = run(case, select("cpu"))
+def test_the_cpu_backend_passes(bench: Any, case: str) -> None:
+    seen, verdict = bench.run(case, select("cpu"))
     assert verdict.state == "pass", verdict.reason
     assert verdict.judged
     assert sum(kept.values.nbytes for kept in seen.outputs.values()) <= selection.BUDGET_BYTES
@@ -57,8 +41,8 @@ def test_the_cpu_backend_passes(case: str) -> None:
 @pytest.mark.parametrize(
     "case", [case for case in QUICK if case not in {f.format(p) for f in FEW for p in ("bf16", "fp32")}]
 )
-def test_the_cpu_backend_passes_every_quick_case(case: str) -> None:
-    seen, verdict = run(case, select("cpu"))
+def test_the_cpu_backend_passes_every_quick_case(bench: Any, case: str) -> None:
+    seen, verdict = bench.run(case, select("cpu"))
     assert verdict.state == "pass", verdict.reason
     assert sum(kept.values.nbytes for kept in seen.outputs.values()) <= selection.BUDGET_BYTES
 
@@ -98,41 +82,41 @@ class ShortVideo(Program):
     ("mixin", "words"),
     [(ReplayedVideo, "repeat others"), (FrozenFrame, "repeat others"), (ShortVideo, "frames in all, wanted 33")],
 )
-def test_frames_that_are_not_made_fail(mixin: type[Program], words: str) -> None:
-    _, verdict = run("video[fp32,text,base]", program_with(mixin)(ReferenceBackend()))
+def test_frames_that_are_not_made_fail(bench: Any, mixin: type[Program], words: str) -> None:
+    _, verdict = bench.run("video[fp32,text,base]", program_with(mixin)(ReferenceBackend()))
     assert verdict.state == "fail"
     assert words in verdict.reason
 
 
-def test_frames_are_judged_whatever_the_latents_are() -> None:
+def test_frames_are_judged_whatever_the_latents_are(bench: Any) -> None:
     """A decoder in TF32's precision changes too many levels, though each by one at most."""
 
     def short(x: Tensor, weight: Tensor, bias: Tensor | None = None, **attrs: Any) -> Tensor:
         cut = ((t.float().view(torch.int32) & -0x2000).view(torch.float32) for t in (x, weight))
         return op.get("conv3d").fn(*cut, bias, **attrs)  # type: ignore[no-any-return]
 
-    _, verdict = run("video[fp32,text,base]", Wrong("conv3d", short))
+    _, verdict = bench.run("video[fp32,text,base]", bench.wrong("conv3d", short))
     assert verdict.state == "fail"
     assert "frames: part of the elements" in verdict.reason
     assert "latents" not in verdict.reason
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_stale_text_fails(precision: str) -> None:
-    _, verdict = run(f"same[{precision},prompts_a_b_a]", mutant("text_stale"))
+def test_stale_text_fails(bench: Any, precision: str) -> None:
+    _, verdict = bench.run(f"same[{precision},prompts_a_b_a]", bench.mutant("text_stale"))
     assert verdict.state == "fail"
     assert "what should change it did not" in verdict.reason
     assert "b: norm" in verdict.reason  # and by numbers: the second prompt's video is the first one's
 
 
-def test_a_batch_whose_videos_are_mixed_up_fails() -> None:
+def test_a_batch_whose_videos_are_mixed_up_fails(bench: Any) -> None:
     def swapped(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Tensor:
         return op.get("attention").fn(q, k.roll(1, 0), v.roll(1, 0), **rest)  # type: ignore[no-any-return]
 
-    assert run("video[bf16,batch2,base]", Wrong("attention", swapped))[1].state == "fail"
+    assert bench.run("video[bf16,batch2,base]", bench.wrong("attention", swapped))[1].state == "fail"
 
 
-def test_a_run_that_is_not_the_same_twice_fails() -> None:
+def test_a_run_that_is_not_the_same_twice_fails(bench: Any) -> None:
     calls = []
 
     def drifts(x: Tensor, y: Tensor, *rest: Any, **attrs: Any) -> Tensor:
@@ -140,14 +124,14 @@ def test_a_run_that_is_not_the_same_twice_fails() -> None:
         made: Tensor = op.get("gated_add").fn(x, y, *rest, **attrs)
         return made * (1 + 2.0**-22 * (len(calls) % 7 == 0))
 
-    _, verdict = run("same[fp32,seed_twice]", Wrong("gated_add", drifts))
+    _, verdict = bench.run("same[fp32,seed_twice]", bench.wrong("gated_add", drifts))
     assert verdict.state == "fail"
     assert "differ, wanted the same bits" in verdict.reason
 
 
-def test_digests_that_do_not_belong_to_the_kept_latents_fail() -> None:
+def test_digests_that_do_not_belong_to_the_kept_latents_fail(bench: Any) -> None:
     case = suite.find("same[fp32,prompts_a_b_a]")
-    seen, verdict = run(case, ReferenceBackend())
+    seen, verdict = bench.run(case, ReferenceBackend())
     assert verdict.state == "pass", verdict.reason
     facts = copy.deepcopy(dict(seen.facts))
     facts["digests"]["a"]["0"] = facts["digests"]["again"]["0"] = ["0" * 64, "1" * 64]
@@ -227,8 +211,8 @@ BESIDE = [f"beside[{precision},batch2,base]" for precision in ("bf16", "fp32")]
 
 @pytest.mark.parametrize("case", BESIDE)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_video_beside_another_is_the_video_alone(case: str, backend: str) -> None:
-    seen, verdict = run(case, select(backend))
+def test_a_video_beside_another_is_the_video_alone(bench: Any, case: str, backend: str) -> None:
+    seen, verdict = bench.run(case, select(backend))
     assert verdict.state == "pass", verdict.reason
     assert set(verdict.judged) == {"batch.0", "batch.1", "alone.0", "alone.1"}
     assert seen.outputs["alone.0"].digest != seen.outputs["alone.1"].digest
@@ -236,17 +220,17 @@ def test_a_video_beside_another_is_the_video_alone(case: str, backend: str) -> N
 
 @pytest.mark.parametrize("case", BESIDE)
 @pytest.mark.parametrize("mixin", [SecondWrong, SecondHeard])
-def test_a_backend_that_is_wrong_only_in_the_second_video_fails(case: str, mixin: type[Program]) -> None:
-    _, verdict = run(case, program_with(mixin)(ReferenceBackend()))
+def test_a_backend_that_is_wrong_only_in_the_second_video_fails(bench: Any, case: str, mixin: type[Program]) -> None:
+    _, verdict = bench.run(case, program_with(mixin)(ReferenceBackend()))
     assert verdict.state == "fail"
     wrong = {name for name in ("batch.0", "batch.1", "alone.0", "alone.1") if f"{name}: " in verdict.reason}
     assert wrong == {"batch.1"}, verdict.reason
 
 
-def test_the_second_video_of_another_oracle_fails() -> None:
+def test_the_second_video_of_another_oracle_fails(bench: Any) -> None:
     """It is held to the video alone: one that takes both videos' noise from the first has an oracle of its own."""
     case = suite.find(BESIDE[1])
-    seen, _ = run(case, ReferenceBackend())
+    seen, _ = bench.run(case, ReferenceBackend())
     swapped = {**seen.outputs, "batch.1": seen.outputs["batch.0"]}
     verdict = execute.judge(case, dataclasses.replace(seen, outputs=swapped), ROOT, committed())
     assert "batch.1: norm" in verdict.reason
