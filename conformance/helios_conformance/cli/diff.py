@@ -49,8 +49,8 @@ def diff(
     """Run one plan on two backends and name the first node that errs beyond its budget.
 
     Each node is judged on the operands that it was given, against float64; engines are bisected on block boundaries.
-    Float64 and the reference errors are computed on the host of the machine that is judged, by its own torch: a host
-    with a bad math library excuses its device. `helios certify` takes the committed reference errors instead.
+    Float64 results and reference errors are computed on the judged machine's host, with the torch installed there;
+    `helios certify` takes the reference errors that are committed with the suite.
     Exit status: 0 none errs, 1 one does, 2 a mistake in the command.
     """
     from helios_conformance.diff import compare
