@@ -216,24 +216,17 @@ def test_missing_extra_misshapen_and_integer_tensors_are_named_in_one_error(tmp_
 # --- whole folders ---
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -> Path:
-    folder: Path = tmp_path_factory.mktemp("good") / "tiny"
-    make_checkpoint.write_checkpoint(folder, size_name="tiny", variant_name="distilled")
-    return folder
-
-
 @pytest.fixture
-def copy(good: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "tiny"))
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "tiny"))
 
 
 def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_the_good_folder_is_good(good: Path) -> None:
-    folder = model_folder(good)
+def test_the_good_folder_is_good(checkpoint: Path) -> None:
+    folder = model_folder(checkpoint)
     assert folder.variant == "distilled"
     assert folder.text is not None
     for source in (folder.transformer_weights(), folder.vae_weights()):
@@ -309,10 +302,10 @@ def test_config_values_that_contradict_the_weights(copy: Path) -> None:
         model_folder(copy).vae_weights()
 
 
-def test_a_component_given_for_the_folder_points_to_its_parent(good: Path) -> None:
+def test_a_component_given_for_the_folder_points_to_its_parent(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
-        model_folder(good / "transformer")
-    assert caught.value.fix == f"give its parent, {good}"
+        model_folder(checkpoint / "transformer")
+    assert caught.value.fix == f"give its parent, {checkpoint}"
 
 
 def test_a_folder_without_text_encoder_is_fine(copy: Path) -> None:

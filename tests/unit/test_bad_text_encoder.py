@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,16 +22,9 @@ SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -> Path:
-    out: Path = tmp_path_factory.mktemp("model") / "tiny"
-    make_checkpoint.write_checkpoint(out, size_name="tiny", variant_name="distilled")
-    return out
-
-
 @pytest.fixture
-def folder(sound: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "model"))
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "model"))
 
 
 def edit(folder: Path, change: Callable[[Tensors], object]) -> None:
@@ -139,7 +131,7 @@ def theirs(folder: Path, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stored", [(SHARED,), (TIED,), (SHARED, TIED)], ids=["shared", "tied", "both"])
 def test_a_sound_folder_encodes_as_transformers_does(
-    sound: Path, folder: Path, dtype: torch.dtype, stored: tuple[str, ...]
+    checkpoint: Path, folder: Path, dtype: torch.dtype, stored: tuple[str, ...]
 ) -> None:
     def rename(tensors: Tensors) -> None:
         matrix = next(tensors.pop(name) for name in (SHARED, TIED) if name in tensors)
@@ -149,7 +141,7 @@ def test_a_sound_folder_encodes_as_transformers_does(
     edit(folder, rename)
     ours = umt5(folder, dtype)
     embedding = ours.encode("a cat in the snow", 8).embedding
-    assert torch.equal(embedding, theirs(sound, dtype))
+    assert torch.equal(embedding, theirs(checkpoint, dtype))
     assert embedding.abs().sum() > 0
     _, encoder = ours._loaded or (None, None)
     assert encoder is not None
