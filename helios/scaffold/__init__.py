@@ -1,0 +1,5 @@
+"""A new backend's package, written from templates: what ``helios new-backend`` does."""
+
+from helios.scaffold.package import KINDS, Package, write
+
+__all__ = ["KINDS", "Package", "write"]
