@@ -243,7 +243,7 @@ def not_proved(report: Mapping[str, Any]) -> list[str]:
         sentences.append("The divergence of a free run from the reference over its chunks is drawn, not judged.")
     if report["realtime"] is not None:
         sentences.append("Frames per second are measured by the tester's machine: attested, not proved.")
-        sentences.append("Of the timed network one drawn block of one stage is judged a case, not every block.")
+        sentences.append(realtime.judged_network(report["realtime"]))
     else:
         sentences.append("No speed was measured.")
     if "realtime" in told["levels"] and report["backend"]["emulated"]:

@@ -73,6 +73,7 @@ def test_a_figure_with_unstated_steps_is_shown_and_never_compared() -> None:
         (1.2, {"chunks": 120}, "anything", "", "playback"),
         (1.2, {"chunks": 120, "height": 192, "width": 320}, H100, "", "measured (another picture size)"),
         (1.2, {"chunks": 120, "size": "mini"}, H100, "", "measured (mini)"),
+        (1.2, {"chunks": 120, "weights": "checkpoint"}, H100, "", "measured (checkpoint)"),
         (1.2, {"chunks": 120}, H100, "qemu", "measured (emulated)"),
         (3.0, {"chunks": 44}, H100, "", "measured (short run)"),
     ],

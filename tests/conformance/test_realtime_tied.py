@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from helios.passes import Plan
 from helios.pipeline.codec import Codec
 from helios.pipeline.history import Window
 from helios.program import Coverage, Program
+from helios_conformance import realtime
 from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Observation, Verdict
 from helios_conformance.draws import Root
@@ -29,19 +33,23 @@ from helios_conformance.mutants import MUTANTS
 from helios_conformance.realtime import checks, golden, inside, opened, scene, shown
 from helios_conformance.realtime.inside import JUDGED, ROLES, Pick, Rows
 from helios_conformance.realtime.options import Options
+from helios_conformance.record import record
 from helios_conformance.references import References, committed
 from helios_conformance.session import Session
 
 ROOT = Root(5, "nonce")
 TINY = {"size": "tiny", "height": 64, "width": 64, "tokens": 16, "chunks": 2, "seconds": 0.0, "warmup": 1}
 TIMED = checks.Timed()
+BACKEND = {"device": {"name": "a CPU"}, "emulated": ""}
 
 
-def timed(backend: Backend, precision: str = "fp32", **options: Any) -> tuple[Case, Observation]:
+def timed(
+    backend: Backend, precision: str = "fp32", model: str | None = None, **options: Any
+) -> tuple[Case, Observation]:
     """The timed case in this process, heard by a clock of its own."""
     case = next(iter(TIMED.cases(precision)))
     told: list[list[Any]] = []
-    session = Session(backend, ROOT, options=TINY | options)
+    session = Session(backend, ROOT, model=model, options=TINY | options)
     session.tell = lambda line: told.append([time.monotonic(), dict(line)])
     seen = TIMED.observe(case, session)
     return case, dataclasses.replace(seen, facts={**seen.facts, "told": told})
@@ -92,6 +100,29 @@ def test_who_does_less_where_the_clock_runs_is_caught(name: str, wanted: str) ->
     assert found.state == "fail"
     assert wanted in found.reason
     assert all("opened" in line or "shown" in line for line in found.reason.split("; ")), found.reason
+
+
+@pytest.mark.parametrize("name", ["layers_skipped_when_timed", "velocity_scaled_when_timed"])
+def test_nothing_of_a_timed_checkpoint_is_judged_so_it_is_no_certification(
+    name: str, make_checkpoint: ModuleType, tmp_path: Path
+) -> None:
+    make_checkpoint.write_checkpoint(tmp_path / "model", size_name="tiny", variant_name="distilled")
+    mutant = next(m for m in MUTANTS if m.name == name)
+    case, seen = timed(mutant.apply(ReferenceBackend()), model=str(tmp_path / "model"))
+    found = verdict(case, seen)
+    assert found.state == "pass", "a verifier does not have the weights: were this judged, the rest here would be moot"
+    made = realtime.section([json.loads(json.dumps(record(case, seen, found, 1.0)))], BACKEND)
+    assert made is not None
+    assert made["class"] not in ("playback", "published", "measured")
+    # However large, long and fast it says that it was:
+    made["runs"] = [run | {"size": "14b", "height": 384, "width": 640, "full_length": True} for run in made["runs"]]
+    whole = made | {"varied": {"turns": 5}, "ceilings": [{"what": "linear"}]}
+    wanted = "with weights of a checkpoint nothing of the timed network is judged: time random weights to certify"
+    assert realtime.shortcomings(whole) == [f"{case.id}: {wanted}"]
+    assert realtime.judged_network(whole).startswith("With weights of a checkpoint nothing of the timed network")
+    random = whole | {"runs": [run | {"weights": "random"} for run in whole["runs"]]}
+    assert realtime.shortcomings(random) == [], "nothing else is amiss"
+    assert "one drawn block of one stage" in realtime.judged_network(random)
 
 
 def changed(seen: Observation, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Observation:

@@ -68,6 +68,7 @@ def test_a_complete_closed_scope_is_certified() -> None:
 def speed(**change: Any) -> dict[str, Any]:
     """A section on real time that is a full measurement, but for a change."""
     run = {"case": "realtime", "state": "pass", "size": "14b", "height": 384, "width": 640, "class": "measured"}
+    run["weights"] = "random"
     return {
         "runs": [run | {"full_length": True, "chunks": 45, "seconds": 130.0} | change],
         "varied": {},
@@ -75,7 +76,10 @@ def speed(**change: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("section", [None, {}, speed(size="mini"), speed(full_length=False), speed(height=192)])
+@pytest.mark.parametrize(
+    "section",
+    [None, {}, speed(size="mini"), speed(full_length=False), speed(height=192), speed(weights="checkpoint")],
+)
 def test_real_time_is_certified_by_a_full_measurement_alone(section: Any) -> None:
     assert verdict.conclude(told(5) | {"realtime": speed()})["word"] == "certified"
     assert verdict.conclude(told(5) | {"realtime": section})["word"] == "passed"
@@ -236,6 +240,7 @@ def test_what_is_not_proved() -> None:
     report["environment"]["git"]["backend"] = {"commit": "0" * 40, "dirty": True}
     more = verdict.not_proved(report)
     assert any("attested, not proved" in s for s in more)
+    assert any("section on real time does not say" in s for s in more)
     assert any("Cases were left out" in s for s in more)
     assert any("changes that its commit does not name" in s for s in more)
     assert not any("Nothing is said" in s for s in more)

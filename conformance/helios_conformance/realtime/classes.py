@@ -54,7 +54,7 @@ def classify(run: Mapping[str, Any], device: str, emulated: str, fallbacks: int)
     """``playback``, ``published``, ``measured``, or ``measured (…)`` for what is no measurement of the published size.
 
     Args:
-        run: of the report: ``size``, ``variant``, ``steps``, ``height``, ``width``, ``full_length``, ``fps.steady``.
+        run: of the report: ``size``, ``weights``, ``variant``, ``steps``, ``height``, ``width``, ``full_length``, ``fps.steady``.
         device: as its driver calls it.
         emulated: what computed in the device's place, or "".
         fallbacks: nodes that torch's ops computed for the backend.
@@ -63,6 +63,8 @@ def classify(run: Mapping[str, Any], device: str, emulated: str, fallbacks: int)
         return "measured (emulated)"
     if fallbacks:
         return "measured (fallback)"
+    if run["weights"] != "random":
+        return "measured (checkpoint)"  # nothing of what was timed was judged
     if run["size"] != "14b":
         return f"measured ({run['size']})"
     if not run["full_length"]:

@@ -13,7 +13,7 @@ from helios_conformance.realtime.film import SPLIT
 from helios_conformance.realtime.options import LEAST_CHUNKS, LEAST_SECONDS
 from helios_conformance.realtime.timed import LABEL
 
-__all__ = ["MALFORMED", "REFUSED", "remarks", "section", "shortcomings"]
+__all__ = ["MALFORMED", "REFUSED", "judged_network", "remarks", "section", "shortcomings"]
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, HeliosError)
 """What anything but this suite's own facts makes the reading of them raise."""
@@ -152,6 +152,20 @@ def _judged(
     }
 
 
+def judged_network(told: Mapping[str, Any]) -> str:
+    """How much of the timed network was judged, as a sentence. Whatever the section holds, nothing is raised."""
+    try:
+        drawn = all(run["weights"] == "random" for run in told["runs"])
+    except MALFORMED:
+        return "How much of the timed network was judged, the section on real time does not say."
+    if drawn:
+        return "Of the timed network one drawn block of one stage is judged a case, not every block."
+    return (
+        "With weights of a checkpoint nothing of the timed network is judged: not that it ran all its layers, nor that "
+        "its frames follow from its latents."
+    )
+
+
 def remarks(told: Mapping[str, Any] | None) -> list[str]:
     """How far the measured ceilings are from the data sheet of the device's name, a sentence; empty where none is known
     or nothing was measured. Whatever the section holds, nothing is raised."""
@@ -193,6 +207,8 @@ def shortcomings(told: Mapping[str, Any] | None) -> list[str]:
 def _short(run: Mapping[str, Any]) -> Iterable[str]:
     if run["state"] != "pass":
         yield "the case did not pass, so its figures may not stand"
+    if run["weights"] != "random":
+        yield "with weights of a checkpoint nothing of the timed network is judged: time random weights to certify"
     if run["size"] != "14b":
         yield f"size {run['size']} is not the published one"
     if (run["height"], run["width"]) != (384, 640):
