@@ -54,7 +54,8 @@ def classify(run: Mapping[str, Any], device: str, emulated: str, fallbacks: int)
     """``playback``, ``published``, ``measured``, or ``measured (…)`` for what is no measurement of the published size.
 
     Args:
-        run: of the report: ``size``, ``weights``, ``variant``, ``steps``, ``height``, ``width``, ``full_length``, ``fps.steady``.
+        run: of the report: ``size``, ``weights``, ``variant``, ``steps``, ``height``, ``width``, ``full_length``,
+            ``fps.steady``.
         device: as its driver calls it.
         emulated: what computed in the device's place, or "".
         fallbacks: nodes that torch's ops computed for the backend.
