@@ -200,22 +200,22 @@ FAKES = [
 
 
 def test_totals_weigh_each_shape_by_how_often_it_occurs() -> None:
-    tables = script("tables")
-    one = tables.totals(FAKES, "vae", ["one"])
+    totals = script("totals")
+    one = totals.totals(FAKES, "vae", ["one"])
     assert one["ms"] == 6 * 2.0 + 5.0
     assert one["tflops"] == pytest.approx(7 * 1e9 / 17.0 / 1e9)
-    best = tables.totals(FAKES, "vae")
+    best = totals.totals(FAKES, "vae")
     assert best["ms"] == 6 * 2.0 + 1.0  # the wrong one is faster and does not count
     assert best["choice"] == {"a": "one", "b": "two"}
-    assert tables.totals(FAKES, "other")["ms"] == 700.0
+    assert totals.totals(FAKES, "other")["ms"] == 700.0
 
 
 def test_a_total_that_lacks_a_shape_is_no_total() -> None:
-    total = script("tables").totals([*FAKES, record("d", "one", None, {"vae": 2}, status="failed")], "vae")
+    total = script("totals").totals([*FAKES, record("d", "one", None, {"vae": 2}, status="failed")], "vae")
     assert total["ms"] is None
     assert total["missing"] == ["d"]
     assert total["measured_ms"] == 13.0
-    assert script("tables").totals([], "vae")["ms"] is None
+    assert script("totals").totals([], "vae")["ms"] is None
 
 
 def test_the_chunk_is_the_sum_of_its_parts_and_only_if_all_are_there() -> None:
@@ -233,13 +233,13 @@ def test_the_chunk_is_the_sum_of_its_parts_and_only_if_all_are_there() -> None:
 
 def test_a_table_shows_rates_marks_and_reasons() -> None:
     absent = {**record("a", "four", None, {}, "not there"), "why": "not there: no library"}
-    text = list(script("tables").table("convolutions", [*FAKES, absent]))
+    text = list(script("totals").table("convolutions", [*FAKES, absent]))
     assert text[0] == "-- convolutions"
     assert text[1].split() == ["one", "two", "three"]
     assert text[2].split() == ["a", "0.5", "0.3", "WRONG"]
     assert text[4].split() == ["c", ".", "0.0", "."]
     assert text[-1] == "four: not there: no library"
-    assert script("tables").problems(FAKES) == ["WRONG vae/three/a: error None"]
+    assert script("totals").problems(FAKES) == ["WRONG vae/three/a: error None"]
 
 
 def test_shares_are_of_the_data_sheet_and_of_nothing_for_an_unknown_device() -> None:

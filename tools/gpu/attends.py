@@ -1,4 +1,8 @@
-"""Attention on Helios' lengths by every library that is there, with heads inside tokens (BSHD) and outside (BHSD)."""
+"""Attention on Helios' lengths by every library that is there.
+
+In memory the heads are inside the tokens (BSHD), outside (BHSD), or inside with q, k and v of a token side by side, as
+a fused projection leaves them (QKV).
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ def items(rig: Rig) -> Iterator[Item]:
     """Every library on every length; shapes outermost, so that what stands in one row was measured close together."""
     for attention in shapes.attentions(rig.tiny):
         for name, backend in SDPA.items():
-            for layout in ("BSHD", "BHSD"):
+            for layout in ("BSHD", "BHSD", "QKV") if attention.q == attention.k else ("BSHD", "BHSD"):
                 yield _item(rig, attention, f"{name} {layout}", _sdpa(backend), layout)
         for name, module in LIBRARIES.items():
             yield _item(rig, attention, name, _library(name, module), "BSHD")
@@ -94,6 +98,8 @@ def _operands(rig: Rig, attention: Attention, layout: str, dtype: torch.dtype) -
             return rig.normal(1, attention.heads, tokens, attention.dim).transpose(1, 2)
         return rig.normal(1, tokens, attention.heads, attention.dim)
 
+    if layout == "QKV":
+        return rig.normal(1, attention.q, 3, attention.heads, attention.dim).unbind(2)
     q, k, v = make(attention.q), make(attention.k), make(attention.k)
     return (q, k, v) if dtype == torch.bfloat16 else tuple(x.to(dtype) for x in (q, k, v))
 

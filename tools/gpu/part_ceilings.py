@@ -17,8 +17,8 @@ import attends
 import convs
 import gemms
 import moves
-import tables
 import torch
+import totals
 from environment import header, smi
 from results import Clock, DeviceLostError, Item, Record, Results, run_items
 from rig import Rig
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     with (args.out / "tables.txt").open("a", encoding="utf-8") as file:
         file.write(text + "\n")
     print(text)
-    return 1 if tables.problems(results.records.values()) else 0
+    return 1 if totals.problems(results.records.values()) else 0
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -72,7 +72,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _show(record: Record) -> None:
-    figure = tables.cell(record) if record["status"] == "measured" else record.get("why", record["status"])
+    figure = totals.cell(record) if record["status"] == "measured" else record.get("why", record["status"])
     print(f"{record['id']}: {figure}", flush=True)
 
 
@@ -115,35 +115,35 @@ def report(head: Record, records: list[Record]) -> Iterator[str]:
     """The tables, the totals, and what went wrong: short, for the end of a log."""
     yield f"== {PART}: {head['device']}, torch {head['torch']}, driver {head['driver']}, commit {head['commit'][:12]}"
     for group, title in TITLES.items():
-        found = [r for r in records if tables.group_of(r) == group]
+        found = [r for r in records if totals.group_of(r) == group]
         if found:
-            yield from tables.table(title, found)
+            yield from totals.table(title, found)
     yield from _totals(records)
     late = [r["id"] for r in records if r["status"] == "not measured"]
     if late:
         yield f"not measured: out of time: {len(late)}, from {late[0]} on; the same command again goes on there"
-    troubles = tables.problems(records)
+    troubles = totals.problems(records)
     yield from troubles[:MOST_TROUBLES]
     if len(troubles) > MOST_TROUBLES:
         yield f"and {len(troubles) - MOST_TROUBLES} more: see {PART}.jsonl"
 
 
 def _totals(records: list[Record]) -> Iterator[str]:
-    groups = {name: [r for r in records if tables.group_of(r) == name] for name in ("gemm", "attention", "vae")}
+    groups = {name: [r for r in records if totals.group_of(r) == name] for name in ("gemm", "attention", "vae")}
     sixteen = [c for c in dict.fromkeys(r["column"] for r in groups["attention"]) if "fp8" not in c]
     yield "-- totals: sums of single times by how often each occurs, so predictions of a whole, not measurements of it"
     chunk: list[float | None] = []
     for stage in STAGES:
-        plain = tables.totals(groups["gemm"], stage, ["addmm"])
-        attention = tables.totals(groups["attention"], stage, sixteen)
+        plain = totals.totals(groups["gemm"], stage, ["addmm"])
+        attention = totals.totals(groups["attention"], stage, sixteen)
         chunk += [plain["ms"], attention["ms"]]
         yield _line(f"{stage}, products bf16", plain)
-        yield _line(f"{stage}, products fp8 by rows", tables.totals(groups["gemm"], stage, ["fp8 rows, fast sum"]))
+        yield _line(f"{stage}, products fp8 by rows", totals.totals(groups["gemm"], stage, ["fp8 rows, fast sum"]))
         yield _line(f"{stage}, attention bf16, fastest", attention)
     for column in dict.fromkeys(r["column"] for r in groups["vae"]):
-        yield _line(f"VAE, {column}", tables.totals(groups["vae"], "vae", [column]))
+        yield _line(f"VAE, {column}", totals.totals(groups["vae"], "vae", [column]))
     short = [c for c in dict.fromkeys(r["column"] for r in groups["vae"]) if c.endswith(("bf16", "fp16"))]
-    best = tables.totals(groups["vae"], "vae", short)
+    best = totals.totals(groups["vae"], "vae", short)
     yield _line("VAE, fastest of 16 bits, shape by shape", best)
     yield from (f"   {row}: {column}" for row, column in best["choice"].items())
     times = [*chunk, best["ms"]]
