@@ -13,7 +13,7 @@ from helios.errors import InputError
 from helios.lower import compile_kernels
 from helios.passes import Plan
 from helios.program import Program
-from helios_cuda import interpreter, probe
+from helios_cuda import gemm, interpreter, probe
 from helios_cuda.program import CudaProgram
 
 __all__ = ["CudaBackend"]
@@ -32,7 +32,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
     precisions = ("bf16", "fp32")
-    fusions = ("adaln", "gated_add_adaln")
+    fusions = ("adaln", "gated_add_adaln", "linear_gelu", "qk_norm_rope", "qkv_linear")
 
     def __init__(self, provider: str = "", index: int = 0) -> None:
         if provider not in ("", INTERPRET):
@@ -58,7 +58,7 @@ class CudaBackend(Backend):
         from helios_cuda.kernels import KERNELS
 
         bodies = {name: Kernel(op.get(name).fn) for name in op.names() if op.get(name).kind != "fused"}
-        return {**bodies, **KERNELS}
+        return {**bodies, **gemm.KERNELS, **KERNELS}
 
     def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
         return compile_kernels(plan, self, fallback=fallback, program=CudaProgram)
