@@ -259,6 +259,39 @@ def test_a_result_that_is_wrong_or_no_number_is_never_correct() -> None:
         json.loads(json.dumps(record, allow_nan=False))
 
 
+def test_a_long_run_tells_the_warm_rate_from_the_first() -> None:
+    gemms, shapes = script("gemms"), script("shapes")
+    product = shapes.Product("stage2", 1000, 1000, 1000, 1)
+    times = [5.0] + [1.0] * 10 + [2.0] * 90  # the first batch holds what libraries do once
+    record = gemms._summary(script("rig").Rig.on("cpu", True), product, times, [])
+    assert record["ms_median"] == 2.0
+    assert record["tflops"] == 1.0  # 2·10⁹ FLOP in 2 ms
+    assert record["tflops_at_first"] == 2 * record["tflops"]
+
+
+def test_the_commit_is_the_one_that_is_told_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = script("environment")
+    assert len(environment.commit().removesuffix("-dirty")) in (40, len("unknown"))
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment.commit() == "unknown"
+    (tmp_path / ".helios-commit").write_text("from a file\n")
+    assert environment.commit() == "from a file"
+    monkeypatch.setenv("HELIOS_COMMIT", "from outside")
+    assert environment.commit() == "from outside"
+
+
+def test_nvidia_smi_is_asked_and_may_be_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = script("environment")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.smi("clocks.sm", "power.draw") == {}
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho '1980, 650.25'\n")
+    fake.chmod(0o755)
+    assert environment.smi("clocks.sm", "power.draw") == {"clocks.sm": "1980", "power.draw": "650.25"}
+    assert environment.smi("clocks.sm") == {}  # an answer to another question
+
+
 def test_examples_in_the_scripts() -> None:
     for name in ("timing", "rig"):
         outcome = doctest.testmod(script(name))
