@@ -20,6 +20,7 @@ from helios_conformance.draws import Root
 from helios_conformance.live import Progress, reproduce
 
 Meet = Callable[[pytest.MonkeyPatch], None]
+TIMED = ["--backend", "right", "--suite", "full", "--level", "realtime"]
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,17 @@ def test_a_failure_comes_with_the_command_that_repeats_it(tmp_path: Path, capsys
         (["--backend", "right", "--model", "/nonexistent"], "is no folder"),
         (["--backend", "right", "--set", "chunks"], "NAME=VALUE"),
         (["--backend", "right", "--set", "imported=1"], "the suite says that itself"),
+        (["--backend", "right", "--set", "resumed=1"], "the suite says that itself"),
+        (["--backend", "right", "--set", "foo=1"], "unknown setting 'foo'"),
+        ([*TIMED, "--set", "chunk=45"], "did you mean 'chunks'"),
+        (["--backend", "right", "--set", "chunks=45"], "--set chunks=45 is of level realtime"),
+        (["--backend", "right", "--size", "14b"], "--size is of level realtime"),
+        (["--backend", "right", "--suite", "full", "--steps", "1,1,1"], "no case of that level is taken"),
+        (["--backend", "right", "--level", "all", "--size", "tiny"], "--suite full"),
+        (["--backend", "right", "--model", "."], "--model is of level realtime"),
+        ([*TIMED, "--size", "15b"], "'14b'"),
+        (["--resume", "--out", "x", "--height", "64"], "--height has no say with --resume"),
+        (["--from-results", "x", "--set", "chunks=3"], "--set chunks=3 has no say with --from-results"),
         (["--backend", "right", "--resume"], "--out DIR"),
         (["--backend", "right", "--lvl", "ops"], "--lvl"),
     ],

@@ -333,6 +333,8 @@ def test_the_command(
     told = json.loads(capsys.readouterr().out)
     assert (told["accepted"], told["tier"]) == (False, None)
     assert "not from the challenge" in told["findings"][0]
+    assert main(["verify", str(folder), "--challenge", "5F3A"]) == 0, "certify takes either case, too"
+    assert "witnessed" in capsys.readouterr().out
     (folder / "junit.xml").write_text("\x1b[31m")
     assert main(["verify", str(folder)]) == 1
     assert "Refused: 1 finding" in capsys.readouterr().out

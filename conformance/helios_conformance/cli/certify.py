@@ -15,6 +15,7 @@ import typer
 
 from helios.cli import output
 from helios.errors import InputError, UnknownBackend, unknown_name
+from helios_conformance.cli.realtime_options import nothing_given, with_options
 
 if TYPE_CHECKING:
     from helios_conformance.case import Level as LevelName
@@ -26,7 +27,6 @@ EXAMPLES = "Examples: helios certify --backend cpu; helios certify --backend cud
 SUITES = ("quick", "full")
 LEVELS = ("ops", "blocks", "model", "pipeline", "realtime")
 PRECISIONS = ("bf16", "fp32")
-_OPTION = re.compile(r"([a-z_]+)=(.+)")
 
 BackendName = Annotated[
     str | None, typer.Option(metavar="NAME[:PROVIDER][:INDEX]", help="What is judged.", show_default=False)
@@ -65,7 +65,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --
 Patience = Annotated[float, typer.Option(metavar="X", help="Factor on the time that each case is given.")]
 Model = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="A checkpoint for realtime to time.", show_default=False),
+    typer.Option(metavar="FOLDER", help="A checkpoint for realtime to time: never certified.", show_default=False),
 ]
 Size = Annotated[str | None, typer.Option(metavar="tiny|mini|14b", help="Of realtime.", show_default="14b")]
 Steps = Annotated[str | None, typer.Option(metavar="N,N,N", help="Of realtime, a stage.", show_default="its own")]
@@ -118,14 +118,16 @@ def certify(
     chosen = filters or []
     if sign is not None and not sign.is_file():
         raise InputError(f"there is no key {sign}", "ssh-keygen -t ed25519 makes one")
+    realtime = {"size": size, "steps": steps, "height": height, "width": width, "soak": soak}
+    if resume or from_results is not None:
+        nothing_given("--resume" if resume else "--from-results", {**realtime, "model": model}, set_ or [])
     if from_results is not None:
         raise typer.Exit(_imported(from_results, out, sign, json=json))
     if resume:
         setup = _resumed(out, backend)
     else:
-        realtime = {"size": size, "steps": steps, "height": height, "width": width, "soak": soak}
         setup = _setup(backend, level, suite, precision, chosen, out, seed, nonce, timeout_factor, model)
-        setup = _with_options(setup, {**_pairs(set_ or []), **{k: v for k, v in realtime.items() if v is not None}})
+        setup = with_options(setup, realtime, set_ or [])
     raise typer.Exit(_run(setup, sign, resume=resume, json=json))
 
 
@@ -206,35 +208,6 @@ def _one_of(kind: str, name: str, known: Sequence[str]) -> str:
 def _folder(spec: str) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", spec.lower())
     return Path("out/certify") / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}Z"
-
-
-def _pairs(given: Sequence[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` as options; numbers become numbers."""
-    options: dict[str, Any] = {}
-    for text in given:
-        found = _OPTION.fullmatch(text)
-        if found is None:
-            raise InputError(f"--set {text!r}: wanted NAME=VALUE", "--set chunks=45")
-        name, value = found[1], found[2]
-        if name in ("imported", "checkpoint"):
-            raise InputError(f"--set {name}: the suite says that itself")
-        number = re.fullmatch(r"\d+(\.\d+)?", value)
-        options[name] = value if number is None else float(value) if number[1] else int(value)
-    return options
-
-
-def _with_options(setup: Setup, options: Mapping[str, Any]) -> Setup:
-    """The setup with settings of realtime, and with the identity of its checkpoint."""
-    if options:
-        from helios_conformance.realtime.options import Options
-
-        Options.of(options)
-    identity: dict[str, Any] = {}
-    if setup.model is not None:
-        from helios_conformance.subject import checkpoint
-
-        identity = {"checkpoint": checkpoint(Path(setup.model))}
-    return dataclasses.replace(setup, options={**options, **identity})
 
 
 def _resumed(out: Path | None, backend: str | None) -> Setup:

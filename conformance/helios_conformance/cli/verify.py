@@ -67,6 +67,7 @@ def verify(
     if reproduced is not None and signer is None:
         why = "--reproduced needs --signer: only signatures show that two parties ran it"
         raise InputError(why, "name a file of allowed signers that holds both")
+    challenge = challenge and challenge.lower()  # as certify writes it
     first = _judge(folder, challenge, signer, levels or LEVELS)
     second = None if reproduced is None else _judge(reproduced, None, signer, levels or LEVELS)
     raise typer.Exit(_tell(first, second, json=json))
