@@ -25,7 +25,9 @@ LEAST_REGION_MS = 0.2
 MOST_REPEATS, FEWEST_REPEATS = 100, 5
 SLOW_MS = 400.0
 """A call as long as this is timed three times in all: it is no candidate, and the budget is for those that are."""
-HOST_MS_A_CALL = 0.03
+MOST_CALLS = 400
+"""In one round, so that all of them fit into the device's queue of about a thousand launches."""
+HOST_MS_A_CALL = 0.06
 """What the host is allowed for issuing a call. A busy-wait of that much keeps the queue full, so gaps are not timed."""
 
 
@@ -72,7 +74,8 @@ def measure(calls: Sequence[Call], device: torch.device, seconds: float = 0.25) 
     estimate = statistics.median(regions(turns, 3, 1))
     inner = max(1, math.ceil(LEAST_REGION_MS / max(estimate, 1e-4)))
     wanted = int(1e3 * seconds / max(estimate * inner, 1e-3))
-    return Timing.of(regions(turns, min(max(wanted, FEWEST_REPEATS), MOST_REPEATS), inner))
+    most = max(min(MOST_REPEATS, MOST_CALLS // inner), FEWEST_REPEATS)
+    return Timing.of(regions(turns, min(max(wanted, FEWEST_REPEATS), most), inner))
 
 
 def _on_host(turns: itertools.cycle[Call], repeats: int, inner: int) -> list[float]:
@@ -88,7 +91,7 @@ def _on_host(turns: itertools.cycle[Call], repeats: int, inner: int) -> list[flo
 def _on_cuda(turns: itertools.cycle[Call], repeats: int, inner: int) -> list[float]:
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     torch.cuda.synchronize()
-    _occupy(min(repeats * inner * HOST_MS_A_CALL, 20.0))
+    _occupy(min(repeats * inner * HOST_MS_A_CALL, 30.0))
     for start, end in pairs:
         start.record()
         for _ in range(inner):
