@@ -58,7 +58,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-Fill = Literal["normal", "outliers", "tiny", "table", "uniform"]
+Fill = Literal["normal", "outliers", "tiny", "flat", "table", "uniform"]
 """What fills a sample tensor; see ``Arg``."""
 
 
@@ -68,8 +68,8 @@ class Arg:
 
     ``fill``: ``normal`` (standard normal × ``scale`` + ``offset``), ``outliers`` (normal with every 61st channel of the
     last dimension 30 times larger), ``tiny`` (normal with every third row scaled to the size of 1e-3, where an epsilon
-    shows), ``table`` (cos, sin pairs of random angles in a last dimension of 2), ``uniform`` (in [0, 1) × ``scale``
-    + ``offset``).
+    shows), ``flat`` (normal with rows 0, 3, 6 … all zero and rows 1, 4, 7 … all 0.75: no norm, no variance), ``table``
+    (cos, sin pairs of random angles in a last dimension of 2), ``uniform`` (in [0, 1) × ``scale`` + ``offset``).
     """
 
     shape: tuple[int, ...]
@@ -89,6 +89,9 @@ class Arg:
             x[..., ::61] *= 30.0
         elif self.fill == "tiny":
             x.reshape(-1, x.shape[-1])[::3] *= 1e-3
+        elif self.fill == "flat":
+            rows = x.reshape(-1, x.shape[-1])
+            rows[::3], rows[1::3] = 0.0, 0.75
         return (x * self.scale + self.offset).to(self.dtype or dtype)
 
 

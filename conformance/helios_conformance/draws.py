@@ -110,6 +110,9 @@ def make_arg(arg: Arg, dtype: torch.dtype, key: int) -> Tensor:
     elif arg.fill == "tiny":
         rows = x.reshape(-1, x.shape[-1])
         rows[::3] = normal(key, arg.shape, dtype, 1e-3 * arg.scale, arg.offset).reshape(rows.shape)[::3]
+    elif arg.fill == "flat":
+        rows = x.reshape(-1, x.shape[-1])
+        rows[::3], rows[1::3] = 0.0, 0.75
     return x
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios.op import Arg, ErrorCase, Sample, op
-from helios.ops.pointwise import LONG
+from helios.ops.pointwise import HUGE, LONG
 
 __all__ = ["attention"]
 
@@ -27,6 +27,7 @@ def _attention_samples() -> list[Sample]:
         case("peaked", 1, 33, 65, 2, 64, scale=3.0),
         case("head128", 1, 130, 257, 2, 128),
         Sample("scaled", (Arg((2, 7, 2, 16)), Arg((2, 9, 2, 16)), Arg((2, 9, 2, 16))), {"scale": 0.5}),
+        Sample("huge", (Arg((1, 17, 2, 16)), Arg((1, 33, 2, 16)), Arg((1, 33, 2, 16), scale=HUGE))),
         Sample("far", (far, far, Arg((1, 65, 2, 64)))),
         Sample(
             "outliers",

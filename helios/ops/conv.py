@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helios.errors import OpError
 from helios.op import Arg, ErrorCase, Fill, Sample, accumulator, op
-from helios.ops.pointwise import silu
+from helios.ops.pointwise import HUGE, silu
 
 __all__ = [
     "channel_norm",
@@ -44,10 +44,11 @@ def _conv_samples() -> list[Sample]:
         padding: tuple[int, int, int] = (0, 0, 0),
         big: bool = False,
         fill: Fill = "normal",
+        scale: float = 1.0,
     ) -> Sample:
         fan = shape[1] * kernel[0] * kernel[1] * kernel[2]
         weight, bias = Arg((out, shape[1], *kernel), scale=fan**-0.5), Arg((out,), scale=0.1)
-        return Sample(name, (Arg(shape, fill), weight, bias), {"stride": stride, "padding": padding}, big)
+        return Sample(name, (Arg(shape, fill, scale=scale), weight, bias), {"stride": stride, "padding": padding}, big)
 
     same, rows, frames = (3, 3, 3), (1, 3, 3), (3, 1, 1)
     big = [case(n, (1, c, t + 2, h, w), c, same, padding=(0, 1, 1), big=True) for n, (c, t, h, w) in SIZES.items()]
@@ -60,6 +61,7 @@ def _conv_samples() -> list[Sample]:
         case("time_down", (1, 4, 5, 2, 3), 4, frames, (2, 1, 1)),
         case("point", (2, 6, 2, 3, 4), 5, (1, 1, 1)),
         case("outliers", (1, 4, 3, 4, 123), 5, same, padding=(0, 1, 1), fill="outliers"),
+        case("huge", (1, 7, 3, 5, 3), 5, same, padding=(0, 1, 1), scale=HUGE),
         *big,
         case("to_rgb", (1, 96, 6, 384, 640), 3, same, padding=(0, 1, 1), big=True),
         case("up_full", (1, 192, 4, 384, 640), 96, rows, padding=(0, 1, 1), big=True),
@@ -112,6 +114,8 @@ def _norm_samples() -> list[Sample]:
         case("odd", 1, 33, 1, 3, 7),
         case("faint", 1, 6, 2, 3, 4, scale=1e-6),
         case("vanishing", 1, 6, 2, 3, 4, scale=5e-13),  # norms on both sides of eps
+        Sample("flat", (Arg((1, 64, 1, 3, 4), "flat"), Arg((64,), offset=1.0, scale=0.1))),  # by rows of pixels
+        case("huge", 1, 33, 1, 3, 7, scale=HUGE),
         Sample("outliers", (Arg((1, 12, 2, 3, 122), "outliers"), Arg((12,), offset=1.0, scale=0.1))),
         *(case(n, 1, *size, big=True) for n, size in SIZES.items()),
     ]

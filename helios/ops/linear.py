@@ -7,7 +7,7 @@ from torch import Tensor
 
 from helios.errors import OpError
 from helios.op import Arg, ErrorCase, Fill, Sample, op
-from helios.ops.pointwise import LONG, gelu
+from helios.ops.pointwise import HUGE, LONG, gelu
 
 __all__ = ["linear", "linear_gelu", "qkv_linear"]
 
@@ -26,6 +26,7 @@ def _linear_samples() -> list[Sample]:
         Sample("odd", (Arg((1, 7, 33), "outliers"), *_weights(17, 33))),
         Sample("outliers", (Arg((1, 17, 256), "outliers"), *_weights(40, 256))),
         Sample("wide", (Arg((1, 65, 512)), *_weights(640, 512))),
+        Sample("huge", (Arg((1, 7, 33), scale=HUGE), *_weights(17, 33))),
         Sample("long", (Arg((1, LONG, 16)), *_weights(24, 16))),
         *(Sample(f"attn_{n}", (Arg((1, s, 5120)), *_weights(5120, 5120)), big=True) for n, s in STAGES.items()),
         *(Sample(f"ffn_down_{n}", (Arg((1, s, 13824)), *_weights(5120, 13824)), big=True) for n, s in STAGES.items()),
@@ -67,6 +68,7 @@ def _linear_gelu_samples() -> list[Sample]:
         Sample("small", (Arg((2, 5, 24)), *_weights(32, 24))),
         Sample("nobias", (Arg((2, 5, 24)), *_weights(8, 24, bias=False))),
         Sample("odd", (Arg((1, 7, 33), "outliers"), *_weights(17, 33))),
+        Sample("huge", (Arg((1, 7, 33), scale=HUGE), *_weights(17, 33))),
         Sample("long", (Arg((1, LONG, 16)), *_weights(24, 16))),
         *(Sample(f"ffn_up_{n}", (Arg((1, s, 5120)), *_weights(13824, 5120)), big=True) for n, s in STAGES.items()),
         Sample("text", (Arg((1, 512, 4096)), *_weights(5120, 4096)), big=True),
@@ -81,10 +83,17 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _qkv_samples() -> list[Sample]:
     def case(
-        name: str, s: int, d: int, big: bool = False, bias: bool = True, batch: int = 1, fill: Fill = "normal"
+        name: str,
+        s: int,
+        d: int,
+        big: bool = False,
+        bias: bool = True,
+        batch: int = 1,
+        fill: Fill = "normal",
+        scale: float = 1.0,
     ) -> Sample:
         weight, b = _weights(d, d, bias)
-        return Sample(name, (Arg((batch, s, d), fill), weight, weight, weight, b, b, b), big=big)
+        return Sample(name, (Arg((batch, s, d), fill, scale=scale), weight, weight, weight, b, b, b), big=big)
 
     small = [
         case("small", 5, 24),
@@ -92,6 +101,7 @@ def _qkv_samples() -> list[Sample]:
         case("nobias", 5, 24, bias=False),
         case("odd", 7, 33),
         case("outliers", 9, 183, fill="outliers"),
+        case("huge", 7, 33, scale=HUGE),
         case("long", LONG, 16),
     ]
     return [*small, *(case(n, s, 5120, True) for n, s in STAGES.items())]

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios.errors import OpError
-from helios.op import Arg, ErrorCase, Sample, accumulator, op
-from helios.ops.pointwise import LONG
+from helios.op import Arg, ErrorCase, Fill, Sample, accumulator, op
+from helios.ops.pointwise import HUGE, LONG
 
 __all__ = ["adaln", "gated_add", "gated_add_adaln", "layer_norm", "modulate", "rms_norm"]
 
@@ -26,6 +26,8 @@ def _rms_samples() -> list[Sample]:
         Sample("small", (Arg((2, 5, 24)), Arg((24,), offset=1.0, scale=0.1))),
         Sample("tiny", (Arg((1, 9, 33), "tiny"), Arg((33,), offset=1.0, scale=0.1))),
         Sample("outliers", (Arg((1, 17, 1536), "outliers"), Arg((1536,), offset=1.0, scale=0.1))),
+        Sample("flat", (Arg((1, 9, 64), "flat"), Arg((64,), offset=1.0, scale=0.1))),
+        Sample("huge", (Arg((1, 7, 33), scale=HUGE), Arg((33,), offset=1.0, scale=0.1))),
         Sample("noweight", (Arg((2, 3, 8)), None)),
         Sample("long", (Arg((1, LONG, 16)), Arg((16,), offset=1.0, scale=0.1))),
         *(
@@ -64,6 +66,9 @@ def _ln_samples() -> list[Sample]:
         Sample("affine", (Arg((2, 5, 24)), *affine)),
         Sample("float32_out", (Arg((2, 5, 24)), None, None), {"dtype": F32}),
         Sample("tiny", (Arg((1, 9, 33), "tiny"), None, None)),
+        # 64 wide: the mean of a constant row is exact in any order of the sum, or else rounding would show as variance.
+        Sample("flat", (Arg((1, 9, 64), "flat"), None, None)),
+        Sample("huge", (Arg((1, 7, 33), scale=HUGE), None, None)),
         Sample("outliers", (Arg((1, 17, 1536), "outliers"), None, None)),
         Sample("long", (Arg((1, LONG, 16)), None, None)),
         *(Sample(n, (Arg((1, s, 5120), "outliers"), None, None), big=True) for n, (s, _) in TOKENS.items()),
@@ -107,8 +112,12 @@ def _rows(x: Tensor, row: Tensor, split: int, name: str) -> tuple[tuple[Tensor, 
     return (x[:, :split], row[:, :1]), (x[:, split:], row[:, 1:])
 
 
-def _modulate_inputs(b: int, s: int, d: int, rows: int, dtype: torch.dtype | None = None) -> tuple[Arg, Arg, Arg]:
-    return Arg((b, s, d), dtype=dtype), Arg((b, rows, d), scale=0.3, dtype=F32), Arg((b, rows, d), scale=0.3, dtype=F32)
+def _modulate_inputs(b: int, s: int, d: int, rows: int, x: Fill = "normal", scale: float = 1.0) -> tuple[Arg, ...]:
+    return (
+        Arg((b, s, d), x, scale=scale),
+        Arg((b, rows, d), scale=0.3, dtype=F32),
+        Arg((b, rows, d), scale=0.3, dtype=F32),
+    )
 
 
 def _modulate_samples() -> list[Sample]:
@@ -116,6 +125,7 @@ def _modulate_samples() -> list[Sample]:
         Sample("two_rows", _modulate_inputs(2, 7, 24, 2), {"split": 3}),
         Sample("one_row", _modulate_inputs(2, 7, 24, 1), {"split": 0}),
         Sample("all_history", _modulate_inputs(1, 5, 33, 2), {"split": 5}),
+        Sample("huge", _modulate_inputs(1, 7, 24, 2, scale=HUGE), {"split": 3}),
         Sample("long", _modulate_inputs(1, LONG, 16, 2), {"split": 8200}),
     ]
 
@@ -157,7 +167,8 @@ def _adaln_samples() -> list[Sample]:
     tiny = (Arg((1, 9, 33), "tiny"), Arg((1, 2, 33), scale=0.3, dtype=F32), Arg((1, 2, 33), scale=0.3, dtype=F32))
     rows = (Arg((1, 2, 183), scale=0.3, dtype=F32),) * 2
     outliers = Sample("outliers", (Arg((1, 17, 183), "outliers"), *rows), {"split": 9})
-    return [*_modulate_samples(), Sample("tiny", tiny, {"split": 4}), outliers, *big]
+    flat = Sample("flat", _modulate_inputs(1, 9, 64, 2, "flat"), {"split": 4})
+    return [*_modulate_samples(), Sample("tiny", tiny, {"split": 4}), flat, outliers, *big]
 
 
 @op(dims="b s d, b r d, b r d -> b s d", kind="fused", samples=_adaln_samples, errors=_modulate_errors)
@@ -167,8 +178,14 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, split: int = 0, eps: float
     return modulate(normed, scale, shift, split=split, dtype=x.dtype)
 
 
-def _gated_inputs(b: int, s: int, n: int, d: int, rows: int | None) -> tuple[Arg | None, ...]:
-    return Arg((b, s, d)), Arg((b, n, d)), None if rows is None else Arg((b, rows, d), scale=0.3, dtype=F32)
+def _gated_inputs(
+    b: int, s: int, n: int, d: int, rows: int | None, fill: Fill = "normal", scale: float = 1.0
+) -> tuple[Arg | None, ...]:
+    return (
+        Arg((b, s, d), fill, scale=scale),
+        Arg((b, n, d), fill, scale=scale),
+        None if rows is None else Arg((b, rows, d), scale=0.3, dtype=F32),
+    )
 
 
 def _gated_samples() -> list[Sample]:
@@ -177,6 +194,7 @@ def _gated_samples() -> list[Sample]:
         Sample("one_row", _gated_inputs(2, 7, 7, 24, 1), {"gate_split": 0}),
         Sample("tail", _gated_inputs(2, 7, 4, 24, None), {"gate_split": 0}),
         Sample("odd", _gated_inputs(1, 5, 5, 33, 2), {"gate_split": 4}),
+        Sample("huge", _gated_inputs(1, 7, 7, 24, 2, scale=HUGE), {"gate_split": 3}),
         Sample("long", _gated_inputs(1, LONG, LONG, 16, 2), {"gate_split": 8200}),
         *(Sample(n, _gated_inputs(1, s, s, 5120, 2), {"gate_split": h}, big=True) for n, (s, h) in TOKENS.items()),
     ]
@@ -219,12 +237,15 @@ def _gated_adaln_samples() -> list[Sample]:
         return Sample(name, (*_gated_inputs(b, s, n, d, rows), row, row), {"split": split, "gate_split": tail}, big)
 
     faint, row = Arg((1, 9, 33), "tiny"), Arg((1, 2, 33), scale=0.3, dtype=F32)
+    even = Arg((1, 2, 64), scale=0.3, dtype=F32)
     peaks, wide = Arg((1, 17, 183), "outliers"), Arg((1, 2, 183), scale=0.3, dtype=F32)
     return [
         case("gated", 7, 7, 24, 2, 3, 3),
         case("batch", 7, 7, 24, 2, 3, 3, b=2),
         case("tail", 7, 4, 33, None, 3, 0),
         Sample("tiny", (faint, faint, row, row, row), {"split": 4, "gate_split": 4}),
+        Sample("flat", (*_gated_inputs(1, 9, 9, 64, 2, "flat"), even, even), {"split": 4, "gate_split": 4}),
+        Sample("huge", (*_gated_inputs(1, 9, 9, 33, 2, scale=HUGE), row, row), {"split": 4, "gate_split": 4}),
         Sample("outliers", (peaks, peaks, wide, wide, wide), {"split": 9, "gate_split": 9}),
         case("long", LONG, LONG, 16, 2, 8200, 8200),
         *(case(n, s, s, 5120, 2, h, h, True) for n, (s, h) in TOKENS.items()),

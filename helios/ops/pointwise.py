@@ -13,6 +13,8 @@ __all__ = ["add", "cast", "gelu", "scale_history_keys", "silu"]
 
 LONG = 8261
 """More tokens than 8192, where kernels change their way of splitting, and no multiple of anything."""
+HUGE = 1e5
+"""Scale of the samples ``huge``: most of their numbers are beyond the largest of float16, 65504."""
 
 
 def _add_samples() -> list[Sample]:
@@ -20,6 +22,7 @@ def _add_samples() -> list[Sample]:
         Sample("small", (Arg((2, 3, 8)), Arg((2, 3, 8)))),
         Sample("odd", (Arg((1, 7, 33)), Arg((1, 7, 33)))),
         Sample("row", (Arg((2, 2, 6, 24)), Arg((1, 6, 24), scale=0.1))),
+        Sample("huge", (Arg((1, 7, 24), scale=HUGE), Arg((1, 7, 24), scale=HUGE))),
         Sample("long", (Arg((1, LONG, 8)), Arg((1, LONG, 8)))),
         Sample(
             "modulation", (Arg((1, 2, 6, 5120), dtype=torch.float32), Arg((1, 6, 5120), dtype=torch.float32)), big=True
@@ -46,6 +49,8 @@ def _unary_samples() -> list[Sample]:
         Sample("small", (Arg((2, 3, 8), scale=3.0),)),
         Sample("odd", (Arg((1, 7, 33), "outliers"),)),
         Sample("wide", (Arg((1, 65, 1280), scale=2.0),)),
+        Sample("far", (Arg((1, 7, 33), scale=60.0),)),  # where exp(−x) overflows
+        Sample("huge", (Arg((1, 7, 24), scale=HUGE),)),
         Sample("long", (Arg((1, LONG, 8), scale=2.0),)),
     ]
 

@@ -141,6 +141,7 @@ def _qk_samples() -> list[Sample]:
         case("batch", 5, 5, 2, 12, b=2),
         case("tail", 3, 7, 2, 12),
         case("tiny", 9, 9, 3, 6, "tiny"),
+        case("flat", 9, 9, 2, 12, "flat"),
         case("outliers", 17, 17, 12, 128, "outliers"),
         case("long", LONG, LONG, 2, 8),
         # What is turned is exact in every dtype, so that nothing hides the table's own rounding.

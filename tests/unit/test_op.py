@@ -298,7 +298,7 @@ def _two(x: Tensor, y: Tensor) -> Tensor:
 
 
 def fills() -> Iterator[tuple[str, Tensor]]:
-    for fill in ("normal", "outliers", "tiny", "table", "uniform"):
+    for fill in ("normal", "outliers", "tiny", "flat", "table", "uniform"):
         shape = (6, 2) if fill == "table" else (6, 183)
         yield fill, Arg(shape, fill, scale=2.0, offset=0.0).make(F64, torch.Generator().manual_seed(1))
 
@@ -310,6 +310,9 @@ def test_fills_are_what_they_say() -> None:
     assert made["uniform"].max() < 2
     rows = made["tiny"].norm(dim=-1)
     assert (rows[::3] < 1e-2 * rows[1]).all()
+    assert not made["flat"][::3].any()
+    assert made["flat"][1::3].eq(0.75).all()
+    assert made["flat"][2::3].std() > 1.0
     channels = made["outliers"].abs().mean(0)
     assert channels[::61].min() > 5 * channels[1:61].mean()
     assert math.isclose(made["normal"].std().item(), 2.0, rel_tol=0.1)
