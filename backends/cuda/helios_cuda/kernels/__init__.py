@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from helios.backend import Kernel
-from helios_cuda.kernels import residual
+from helios_cuda.kernels import norm, residual, rope
 
 __all__ = ["KERNELS"]
 
-KERNELS: Mapping[str, Kernel] = {**residual.KERNELS}
+KERNELS: Mapping[str, Kernel] = {**norm.KERNELS, **residual.KERNELS, **rope.KERNELS}

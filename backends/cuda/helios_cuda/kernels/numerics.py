@@ -11,7 +11,7 @@ import triton.language as tl
 
 from helios_cuda.interpreter import interpreting
 
-__all__ = ["INTERPRETED", "dot", "rounded"]
+__all__ = ["INTERPRETED", "dot", "inverse_root", "rounded"]
 
 INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
 
@@ -39,3 +39,9 @@ def dot(a, b, acc):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def inverse_root(x):
+    """``1 / sqrt(x)`` of float32, its root and its quotient rounded to nearest: one number decides a whole row."""
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
