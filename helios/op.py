@@ -89,10 +89,11 @@ class Arg:
             x[..., ::61] *= 30.0
         elif self.fill == "tiny":
             x.reshape(-1, x.shape[-1])[::3] *= 1e-3
-        elif self.fill == "flat":
+        x = x * self.scale + self.offset
+        if self.fill == "flat":
             rows = x.reshape(-1, x.shape[-1])
             rows[::3], rows[1::3] = 0.0, 0.75
-        return (x * self.scale + self.offset).to(self.dtype or dtype)
+        return x.to(self.dtype or dtype)
 
 
 ArgLike = Arg | None | tuple[Arg, ...]
