@@ -15,7 +15,7 @@ __all__ = ["SHOWN", "of", "tell"]
 SHOWN = 10
 """Ops that are listed; of the others the number is told."""
 
-STATES = {"unsupported": "no kernel", "fail": "fails"}
+STATES = {"unsupported": "not done", "fail": "fails"}
 
 
 def of(result: RunResult) -> list[Item]:
