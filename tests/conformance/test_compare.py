@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def test_a_case_that_no_longer_passes_is_a_regression_and_back_an_improvement(cl
     assert (len(back.improvements), back.regressions) == (2, ())
 
 
-def test_errors_that_grew_beyond_another_draw(closed: Any) -> None:
+def test_errors_that_grew_on_the_same_inputs(closed: Any) -> None:
     worse = closed.report()
     output = case(worse)["outputs"]["o0"]
     output["errors"]["norm"] *= 1.2
@@ -43,6 +44,52 @@ def test_errors_that_grew_beyond_another_draw(closed: Any) -> None:
     assert found.what == "linear[bf16,small] o0 norm"
     assert found.factor == pytest.approx(1.44)
     assert [c.what for c in compare.compare(worse, closed.report()).improvements] == [found.what]
+
+
+def taking(told: dict[str, Any], part: float, statistic: str = "norm") -> dict[str, Any]:
+    """The report with one error that takes a part of its bound."""
+    output = case(told)["outputs"]["o0"]
+    output["errors"][statistic] = part * output["bounds"][statistic]
+    return told
+
+
+def test_a_gain_near_zero_is_no_measure_of_growth(closed: Any) -> None:
+    def found(before: float, after: float) -> int:
+        a, b = (taking(closed.report(), part, "gain") for part in (before, after))
+        return len(compare.compare(a, b).regressions)
+
+    assert (found(0.01, -0.4), found(-0.01, 0.6), found(0.55, -0.6)) == (0, 1, 0)
+
+
+def test_two_runs_of_one_backend_with_other_draws_compare_clean(
+    closed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [closed] + [closed.with_nonce(nonce) for nonce in ("aaaa01", "bbbb02")]
+    found = [compare.compare(a.report(), b.report()) for a, b in itertools.permutations(runs, 2)]
+    assert [(f.regressions, f.improvements) for f in found] == [((), ())] * 6
+    a, b = (run.write(tmp_path / str(i)) for i, run in enumerate(runs[:2]))
+    assert main(["compare", str(a), str(b)]) == 0
+    assert "beyond 0.8 of its bound and 3 times" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(compare, "OTHER_DRAWS", compare.Growth(0.1, 1.25))
+    found = [compare.compare(a.report(), b.report()) for a, b in itertools.permutations(runs, 2)]
+    assert any(f.regressions for f in found), "their errors do differ"
+
+
+@pytest.mark.parametrize(("before", "after", "counts"), [(0.2, 0.9, True), (0.2, 0.7, False), (0.5, 0.9, False)])
+def test_a_regression_shows_whatever_was_drawn(closed: Any, before: float, after: float, counts: bool) -> None:
+    other = taking(closed.report(), after)
+    other["suite"]["nonce"] = "aaaa01"
+    found = compare.compare(taking(closed.report(), before), other)
+    wanted = [("linear[bf16,small] o0 norm", f"{before:g} of its bound", f"{after:g} of its bound")] if counts else []
+    assert [(c.what, c.before, c.after) for c in found.regressions] == wanted
+
+
+def test_a_level_of_a_picture_is_off_or_is_not(closed: Any) -> None:
+    a, b = taking(closed.report(), 0.0, "worst"), taking(closed.report(), 0.99, "worst")
+    for told in (a, b):
+        case(told)["outputs"]["o0"]["dtype"] = "uint8"
+    assert compare.compare(a, b).regressions == ()
+    assert len(compare.compare(a, taking(b, 0.9, "misrounded")).regressions) == 1
 
 
 def test_errors_far_below_their_bound_never_count(closed: Any) -> None:
@@ -88,7 +135,7 @@ def test_what_else_differs_and_what_makes_comparing_hard(closed: Any) -> None:
     changed = {c.what: c.after for c in found.environment}
     assert changed["environment.packages.torch"] == "9.9"
     notes = " ".join(found.notes)
-    for words in ("two suites made them", "drew other numbers", "only the first has 1 cases"):
+    for words in ("two suites made them", "drew other inputs", "only the first has 1 cases"):
         assert words in notes
 
 
