@@ -19,8 +19,8 @@ __all__ = ["Change", "Comparison", "compare", "read"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Growth:
-    """From when on an error that grew counts: once it takes more than ``part`` of its bound, and more than ``times`` what
-    it took before."""
+    """From when on an error that grew counts: once it takes more than ``part`` of its bound, and more than ``times`` as
+    much as before."""
 
     part: float
     times: float

@@ -141,7 +141,7 @@ def _loud(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         told.append(("Imported", "The results came as files: nothing here shows which device made them, or when."))
     if suite.get("filters"):
         told.append(("Filtered", f"Only cases that match {_some(suite['filters'])} ran."))
-    if suite.get("name") == "quick":
+    elif suite.get("name") == "quick":
         told.append(("Quick", "The quick suite ran: a sample of the cases, too few for a certificate."))
     if fallbacks := sum(int(number(row[3]) or 0) for row in report.get("coverage") or [] if len(row) > 3):
         told.append(("Fallback", f"{fallbacks:,} nodes ran by the reference in the backend's place."))

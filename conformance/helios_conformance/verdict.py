@@ -150,9 +150,9 @@ def _failings(report: Mapping[str, Any], levels: Mapping[Level, Any], needed: Se
 def _shortcomings(report: Mapping[str, Any], levels: Mapping[Level, Any], needed: Sequence[Level]) -> list[str]:
     """Why what passed is no certification."""
     told, reasons = report["suite"], []
-    if told["name"] != "full":
+    if told["name"] != "full" and not told["filters"]:
         reasons.append("the quick suite takes a part of the cases")
-    if told["filters"]:
+    if told["filters"]:  # of the whole suite, whichever was asked for
         reasons.append(f"filters take a part of the cases: {_some(told['filters'])}")
     if tuple(told["levels"]) != LEVELS[: len(told["levels"])]:
         reasons.append("a level was left out that the highest one needs")
@@ -185,9 +185,8 @@ def _sentence(report: Mapping[str, Any], word: str, reasons: Sequence[str], pass
     told, scope, backend = report["suite"], report["scope"], report["backend"]
     asked = "asked for " if word == "not certified" else ""
     parts = [f"In {scope['precision']}", _KINDS[scope["kind"]]]
-    parts += [asked + _levels(told["levels"] if asked else passed), f"{told['name']} suite"]
-    if told["filters"]:
-        parts[-1] += f" filtered to {_some(told['filters'])}"
+    taken = f"only cases that match {_some(told['filters'])}" if told["filters"] else f"{told['name']} suite"
+    parts += [asked + _levels(told["levels"] if asked else passed), taken]
     parts.append("variants " + _and(scope["variants"]))
     device = backend["device"]["name"] if backend["device"] else "no device"
     who = f"backend {backend['label']} on {device}"

@@ -406,6 +406,26 @@ def test_nothing_is_wider_than_the_screen(tmp_path: Path, width: int) -> None:
 
 
 @needs_chromium
+def test_a_phone_shows_the_levels_whole(tmp_path: Path) -> None:
+    """Nothing of that table is to be scrolled to: what it hides may be the number that failed."""
+    page, told = tmp_path / "report.html", report()
+    level = told["verdict"]["levels"]["ops"] | {"passed": 19555, "unsupported": 10000, "reason": "r" * 400}
+    told["verdict"]["levels"] = dict.fromkeys(("ops", "blocks", "model", "pipeline", "realtime"), level)
+    frame = '<iframe id="f" style="width:390px;height:900px;border:0"></iframe>'
+    find = "const d = f.contentDocument, t = d.querySelector('.levels');"
+    least = "Math.max(...[...t.querySelectorAll('tbody *')].map(e => e.getBoundingClientRect().right))"
+    measure = f"f.onload = () => {{ {find} document.title = [t.scrollWidth, t.clientWidth, {least}].join(' '); }};"
+    content = json.dumps(html.render(told)).replace("</", "<\\/")
+    script = f"<script>const f = document.getElementById('f'); {measure} f.srcdoc = {content};</script>"
+    page.write_text(f'<!DOCTYPE html><meta charset="utf-8">{frame}{script}')
+    seen = re.search(r"<title>([\d. ]+)<", browse(page, "--dump-dom", "--virtual-time-budget=5000").stdout)
+    assert seen is not None
+    inner, outer, right = map(float, seen[1].split())
+    assert inner <= outer
+    assert 0 < right <= 390
+
+
+@needs_chromium
 @pytest.mark.parametrize(
     ("name", "scheme", "size"), [("light", 1, "1280,1600"), ("dark", 0, "1280,1600"), ("phone", 1, "500,1600")]
 )

@@ -202,11 +202,9 @@ def test_an_engines_sentence_is_not_that_of_a_backend_of_kernels() -> None:
 
 def test_a_filtered_run_names_the_levels_that_it_had_cases_of() -> None:
     sentence = verdict.conclude(told(4, filters=("ops_0", "model_1")))["sentence"]
-    assert sentence.startswith(
-        "In bf16, as single kernels, levels ops and model, full suite filtered to ops_0, model_1"
-    )
+    assert sentence.startswith("In bf16, as single kernels, levels ops and model, only cases that match ops_0, model_1")
     one = verdict.conclude(told(4, filters=("ops_0",)))["sentence"]
-    assert "as single kernels, level ops, full suite filtered to ops_0" in one
+    assert "as single kernels, level ops, only cases that match ops_0" in one
 
 
 def test_what_is_not_certified_names_what_was_asked_for() -> None:

@@ -36,7 +36,8 @@ class CpuBackend(Backend):
 
     def devices(self) -> Sequence[DeviceInfo]:
         pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-        return [DeviceInfo(0, f"{_model()}, {torch.get_num_threads()} threads", pages * size)]
+        threads = torch.get_num_threads()
+        return [DeviceInfo(0, f"{_model()}, {threads} thread{'s' * (threads > 1)}", pages * size)]
 
     def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
         allocator.keep_freed_memory()
