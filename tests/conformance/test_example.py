@@ -34,6 +34,18 @@ def test_it_is_accepted(report: dict[str, Any]) -> None:
     assert "not a certification" in report["verdict"]["sentence"]
 
 
+def test_the_quick_suite_fits_into_a_small_machine(report: dict[str, Any]) -> None:
+    peak = report["peak_rss"]
+    assert min(peak.values()) > 0, "measured"
+    assert peak["parent"] + peak["worker"] < 4e9
+
+
+def test_it_was_made_of_the_commit_that_it_names(report: dict[str, Any]) -> None:
+    trees = [tree for tree in report["environment"]["git"].values() if tree is not None]
+    assert trees, "`make example` runs in a working tree"
+    assert not any(tree["dirty"] for tree in trees), "commit first, then `make example`"
+
+
 def test_an_edited_figure_is_not(tmp_path: Path, report: dict[str, Any]) -> None:
     copy = tmp_path / "cpu"
     shutil.copytree(EXAMPLE, copy)
