@@ -12,9 +12,17 @@ from typing import Any
 
 import pytest
 
+from helios.backend import select
 from helios.cli import main
 from helios.scaffold import Package, write
-from helios_conformance import bundle
+from helios_conformance import bundle, execute, suite
+from helios_conformance.draws import Root
+from helios_conformance.record import record
+from helios_conformance.references import committed
+from helios_conformance.run import RunResult, Setup
+from helios_conformance.session import Session
+from helios_conformance.subject import describe
+from helios_conformance.verdict import judge_run
 
 PACKAGES = {
     "newchip": Package("newchip", "kernels"),
@@ -135,6 +143,21 @@ def test_an_op_is_green_once_it_is_written_and_not_before(
 
 def test_certify_has_no_fallback_to_ask_for(certify: Callable[..., dict[str, Any]]) -> None:
     assert main(["certify", "--backend", "newchip", "--fallback", "reference"]) == 2
+
+
+def test_what_the_fallback_runs_is_counted_and_certifies_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(home / "site"))
+    session = Session(select("newdevice"), Root(3), fallback="reference")
+    case = suite.find("add[fp32,small]")
+    observation, judged = execute.run_here(case, session, committed())
+    assert judged.state == "pass"
+    assert [(row[0], row[3] > 0) for row in observation.coverage] == [("add", True)]
+    setup = Setup("newdevice", "fp32", "quick", ("ops",), (case.id,), Root(3))
+    told = describe(session.backend, "newdevice", session)
+    result = RunResult(setup, [record(case, observation, judged, 0.1)], told, {"git": {}}, "", "")
+    verdict = judge_run(result)
+    assert verdict["word"] == "passed"
+    assert "1 nodes ran by the reference in the backend's place" in verdict["reasons"]
 
 
 # --- as it is typed, in a process of its own --------------------------------------------------------------------------
