@@ -8,10 +8,10 @@ Bytes at 384×640 in bfloat16: 20,480 a token, read and written, so 60, 93 and 2
 of width 5120; the 8,640 noisy tokens that see the text are 177 MB. About 5 FLOP an element: memory alone decides. A
 layer norm into float32 writes 20,480 bytes a token and reads half of that.
 
-Why not torch: its bodies here widen, normalise and round in passes of their own (10 bytes an element read and 10
-written, measured by their dtypes, against 4), and its own norms in bfloat16 take no float32 weights and give no float32
-result. A forward of 14b at the last stage has 40 layer norms of the residual stream and 40 RMS norms of queries that
-nothing else absorbs.
+Why not torch: the bodies widen, norm and round in passes of their own, which by their dtypes move 20 bytes an element
+(layer norm) and 40 (RMS norm) against 4 here; and torch's norms in bfloat16 take no float32 weights and give no float32
+result. A forward of 14b at the last stage has 40 layer norms of the residual stream and 40 RMS norms of the text's
+queries that nothing else absorbs (``helios graph --pyramid-stage 2 --flops --backend cuda:interpret``).
 """
 
 from __future__ import annotations
