@@ -32,7 +32,15 @@ class CudaBackend(Backend):
 
     name = "cuda"
     precisions = ("bf16", "fp32")
-    fusions = ("adaln", "gated_add_adaln", "linear_gelu", "qk_norm_rope", "qkv_linear")
+    fusions = (
+        "adaln",
+        "gated_add_adaln",
+        "linear_gelu",
+        "qk_norm_rope",
+        "qkv_linear",
+        "renoise_upsample",
+        "unipc_step",
+    )
 
     def __init__(self, provider: str = "", index: int = 0) -> None:
         if provider not in ("", INTERPRET):
