@@ -19,6 +19,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from helios.backend import Backend
@@ -162,7 +163,11 @@ class Program:
         if tuple(tensor.shape) != value.shape:
             what = "weight" if value.rate == Rate.WEIGHTS else "input"
             raise InputError(f"{what} {value.name!r} has shape {list(tensor.shape)}, {owner} takes {list(value.shape)}")
-        return tensor.to(value.dtype).to(self.backend.device)
+        return self.move(tensor, value.dtype)
+
+    def move(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor on the device in a dtype; a backend may know a better way there."""
+        return tensor.to(dtype).to(self.backend.device)
 
     def _step(self, entry: str, inputs: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
         if entry not in self.plan.steps:

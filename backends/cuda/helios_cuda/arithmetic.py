@@ -26,8 +26,9 @@ def as_declared() -> Iterator[None]:
     """Within, float32 is multiplied as float32, never as TF32, and every product and sum of 16-bit numbers accumulates
     in float32."""
     matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     saved = {name: _reduction(matmul, name) for name in _REDUCTIONS if hasattr(matmul, name)}
-    with _no_tf32(matmul, matmul), _no_tf32(torch.backends.cudnn, torch.backends.cudnn.conv):
+    with _no_tf32(matmul, matmul), _no_tf32(cudnn, cudnn.conv):
         try:
             for name in saved:
                 setattr(matmul, name, False)

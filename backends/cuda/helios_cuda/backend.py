@@ -13,8 +13,10 @@ from helios.errors import InputError
 from helios.lower import compile_kernels
 from helios.passes import Plan
 from helios.program import Program
-from helios_cuda import gemm, interpreter, probe
+from helios_cuda import failures, gemm, interpreter, probe
+from helios_cuda.graphs import CudaRecorder, Recorder
 from helios_cuda.program import CudaProgram
+from helios_cuda.staging import CudaLink, Link
 
 __all__ = ["CudaBackend"]
 
@@ -28,12 +30,17 @@ class CudaBackend(Backend):
         provider: "" for the GPU; ``interpret`` runs the same kernels in Triton's interpreter on the CPU: slow, and
             labelled emulated wherever its results show.
         index: of the GPU.
+        graphs: whether steps are captured as CUDA graphs and replayed.
+
+    Attributes:
+        eager: why steps run kernel by kernel; empty where they are captured.
     """
 
     name = "cuda"
     precisions = ("bf16", "fp32")
     fusions = (
         "adaln",
+        "channel_norm_silu",
         "gated_add_adaln",
         "linear_gelu",
         "qk_norm_rope",
@@ -42,7 +49,7 @@ class CudaBackend(Backend):
         "unipc_step",
     )
 
-    def __init__(self, provider: str = "", index: int = 0) -> None:
+    def __init__(self, provider: str = "", index: int = 0, *, graphs: bool = True) -> None:
         if provider not in ("", INTERPRET):
             raise InputError(f"backend 'cuda' has no provider {provider!r}", fix=f"cuda, cuda:1 or cuda:{INTERPRET}")
         super().__init__("", index)
@@ -50,6 +57,7 @@ class CudaBackend(Backend):
         if self._interpreted:
             interpreter.interpret()
         self.emulated = "Triton's interpreter on the CPU" if self._interpreted else ""
+        self.eager = "asked for" if not graphs else "the interpreter has no graphs" if self._interpreted else ""
 
     def devices(self) -> Sequence[DeviceInfo]:
         if self._interpreted:
@@ -63,20 +71,36 @@ class CudaBackend(Backend):
 
     @functools.cached_property
     def kernels(self) -> Mapping[str, Kernel]:  # type: ignore[override]
+        from helios_cuda import convolution
         from helios_cuda.kernels import KERNELS
 
         bodies = {name: Kernel(op.get(name).fn) for name in op.names() if op.get(name).kind != "fused"}
-        return {**bodies, **gemm.KERNELS, **KERNELS}
+        return {**bodies, **gemm.KERNELS, **convolution.KERNELS, **KERNELS}
 
     def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
         return compile_kernels(plan, self, fallback=fallback, program=CudaProgram)
 
     def synchronize(self) -> None:
         if not self._interpreted:
-            torch.cuda.synchronize(self.device)
+            with failures.explained("its work", self.label, self.memory):
+                torch.cuda.synchronize(self.device)
 
     def memory(self) -> tuple[int, int] | None:
         return None if self._interpreted else torch.cuda.mem_get_info(self.device)
+
+    def reusable(self) -> int:
+        """Bytes that this process has taken from the device and does not use."""
+        if self._interpreted:
+            return 0
+        return torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def recorder(self) -> Recorder | None:
+        """What captures the steps of one program."""
+        return None if self.eager else CudaRecorder(self.device)
+
+    def link(self) -> Link | None:
+        """How host and device exchange tensors while both work."""
+        return None if self._interpreted else CudaLink(self.device)
 
     @property
     def label(self) -> str:

@@ -80,6 +80,7 @@ def _prepare_linear_gelu(_x: None, weight: Tensor, bias: Tensor | None) -> Matri
 
 def _linear_gelu(w: Matrix, x: Tensor) -> Tensor:
     if x.is_cuda and x.dtype != torch.float32:
+        assert w.bias is not None
         out = torch._addmm_activation(w.bias, _rows(x), w.weight.t(), use_gelu=True)
         return out.view(*x.shape[:-1], out.shape[1])
     # Also on the CPU, where torch's fused form is the GELU with erf.
