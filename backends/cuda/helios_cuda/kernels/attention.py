@@ -145,7 +145,7 @@ def _attention(
     tl.store(out + place, result, (row < queries) & (column < width))
 
 
-_INTERPRETED = Tile({"QUERIES": 128, "KEYS": 64})
+_INTERPRETED = Tile({"QUERIES": 256, "KEYS": 128})
 
 PLAIN = Tiled(
     _attention,
