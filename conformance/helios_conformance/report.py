@@ -132,7 +132,7 @@ def _setup(result: RunResult) -> dict[str, Any]:
     return {
         "spec": setup.spec,
         "variant": setup.variant,
-        "options": dict(setup.options),
+        "options": {**setup.options, **({"resumed": result.resumed} if result.resumed else {})},
         "imported": bool(setup.options.get("imported", False)),
     }
 

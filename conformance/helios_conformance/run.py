@@ -97,11 +97,12 @@ class RunResult:
         backend: as the worker tells it: name, label, class ``module:Class``, distribution and version or None,
             api_version, kind ``kernels`` or ``engine``, emulated, device (name, index, memory), precisions, kernels
             (how many), fusions, threads. Of one that could not start only the names; the device is None then.
-        environment: of ``environment.read``.
+        environment: of ``environment.read``, as the run began; one that goes on in another is refused.
         started, finished: UTC, ISO 8601.
         peak_rss: bytes, of ``parent`` and ``worker`` (the largest of all).
         workers: ``started`` and ``lost``.
         problem: why the run could not take place or ended early; empty for one that ended by itself.
+        resumed: how often it was interrupted and went on.
     """
 
     setup: Setup
@@ -113,6 +114,7 @@ class RunResult:
     peak_rss: dict[str, int] = dataclasses.field(default_factory=dict)
     workers: dict[str, int] = dataclasses.field(default_factory=dict)
     problem: str = ""
+    resumed: int = 0
 
     @property
     def tensors(self) -> dict[str, Tensor]:

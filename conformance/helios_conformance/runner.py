@@ -22,8 +22,9 @@ from torch import Tensor
 
 from helios.backend import parse_spec
 from helios.errors import InputError, unknown_name
-from helios_conformance import execute, suite
+from helios_conformance import environment, execute, suite
 from helios_conformance.case import PRECISIONS, Case, Observation, Verdict
+from helios_conformance.differences import differences
 from helios_conformance.draws import Root
 from helios_conformance.record import record, tensors_of
 from helios_conformance.references import References, committed
@@ -39,6 +40,8 @@ LOSSES = 40
 """Losses in a row in cases: the device is gone, or the backend can do nothing at all."""
 GRACE = 10.0
 """Seconds that judgement has after an interrupt for what the device has computed already."""
+_NAMED = 5
+"""Differences of an environment that are named."""
 _AHEAD = 4
 """Cases that may wait for judgement before the worker gets another."""
 
@@ -245,7 +248,16 @@ class Runner:
             folder.note(about)
         records, backend = in_order(cases, done), about["backend"]
         return RunResult(
-            self.setup, records, backend, {}, about["started"], now(), about["peak_rss"], about["workers"], problem
+            self.setup,
+            records,
+            backend,
+            about["environment"],
+            about["started"],
+            now(),
+            about["peak_rss"],
+            about["workers"],
+            problem,
+            about["resumed"],
         )
 
     def _folder(self) -> tuple[RunFolder, dict[str, Any]]:
@@ -264,11 +276,11 @@ class Runner:
             backend, problem = _nobody(self.setup.spec), f"backend {self.setup.spec!r} cannot run here: {refused.why}"
         except Ended as ended:
             backend, problem = _nobody(self.setup.spec), str(ended)
+        machine = environment.read(backend)
         before = about.get("backend")
-        if before and before["device"] and backend["device"] and _identity(before) != _identity(backend):
-            why = f"{backend['class']} on {backend['device']['name']} is not what the run was begun with"
-            raise InputError(f"--resume: {why}", "start anew with another --out")
-        about["backend"] = backend
+        if before and before["device"] and backend["device"]:
+            _same_or_refuse(before, backend, about["environment"], machine)
+        about |= {"backend": backend, "environment": machine, "resumed": about.get("resumed", -1) + 1}
         problem = problem or self._settle(backend["precisions"])
         self.setup = dataclasses.replace(self.setup, precision=self.setup.precision or PRECISIONS[0])
         about["setup"] = self.setup.told()
@@ -332,6 +344,23 @@ def _observed(case: Case, crew: Crew, problem: str) -> tuple[Observation, float,
         except Ended as ended:
             problem = str(ended)
     return Observation(facts={"not_run": problem}), 0.0, problem
+
+
+def _same_or_refuse(
+    before: Mapping[str, Any], backend: Mapping[str, Any], then: Mapping[str, Any], machine: Mapping[str, Any]
+) -> None:
+    """One bundle tells of one backend in one environment. Raises InputError where a run would go on in another."""
+    if _identity(before) != _identity(backend):
+        why = f"{backend['class']} on {backend['device']['name']} is not what the run was begun with"
+        raise InputError(f"--resume: {why}", "start anew with another --out")
+    found = differences(
+        {"threads": backend["threads"], **machine}, {"threads": before["threads"], **then}, "environment"
+    )
+    if found:
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        told = "; ".join(f"{place}: {what}" for place, what in found[:_NAMED])
+        why = f"--resume: the environment is not the one that the run was begun in: {told}{more}"
+        raise InputError(why, "bring it back, or start anew with another --out")
 
 
 def _identity(backend: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -248,6 +248,10 @@ def not_proved(report: Mapping[str, Any]) -> list[str]:
     if "realtime" in told["levels"] and report["backend"]["emulated"]:
         sentences.append("Nothing emulated has a speed.")
     sentences += realtime.remarks(report["realtime"])
+    resumed = report["setup"].get("options", {}).get("resumed")
+    if isinstance(resumed, int) and resumed:
+        times = "once" if resumed == 1 else f"{resumed} times"
+        sentences.append(f"The run was interrupted and went on {times}, in the same environment as far as it is named.")
     if any(tree and tree["dirty"] for tree in report["environment"]["git"].values()):
         sentences.append("The source tree had changes that its commit does not name.")
     return sentences

@@ -34,13 +34,13 @@ __all__ = ["ATTESTED", "Finding", "Outcome", "verify"]
 
 ATTESTED: Mapping[str, str] = {
     "backend": "which backend and device it was: label, version, kind, memory, precisions, and whether it was emulated",
-    "environment": "the machine and its software, as far as they do not contradict the rest",
+    "environment": "the machine and its software as the run began, as far as they do not contradict the rest",
     "cases.*.facts": "what the kept outputs cannot show: unchanged inputs, intact guards, equal repeats, speed",
     "cases.*.coverage": "whether a node ran natively, fused or by the fallback",
     "cases.*.seconds": "how long a case took, within the length of the run",
     "cases.*.outputs.*.finite": "whether the elements that were not kept are finite",
     "cases.*.unsupported": "the backend's reason for not running a case",
-    "setup": "how the run was asked for, and of which checkpoint, where one was timed",
+    "setup": "how the run was asked for, of which checkpoint, and how often it was interrupted and went on",
     "started": "when the run began",
     "finished": "when it ended",
     "peak_rss": "how much memory it took",

@@ -169,6 +169,7 @@ def test_ctrl_c_ends_cleanly_and_resume_goes_on(tmp_path: Path, capsys: pytest.C
     assert (made["suite"]["seed"], made["suite"]["nonce"]) == (5, nonce)
     assert {case["id"]: case["state"] for case in made["cases"]} == dict.fromkeys(wanted, "pass")
     assert made["workers"] == {"started": 2, "lost": 0}
+    assert made["setup"]["options"] == {"resumed": 1}
     capsys.readouterr()
     assert main(["certify", "--resume", "--out", str(out)]) == 2
     assert "is finished" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from helios.errors import HeliosError, InputError, StateError
@@ -16,6 +17,7 @@ from helios_conformance.case import Case, Observation, Verdict
 from helios_conformance.checks import CHECKS
 from helios_conformance.draws import Root
 from helios_conformance.references import committed
+from helios_conformance.report import assemble, schema
 from helios_conformance.run import RunFolder, RunResult, Setup
 from helios_conformance.runner import LOSSES, Crew, Ended, Runner, check_filters, judged
 from helios_conformance.session import Session
@@ -239,6 +241,59 @@ def test_another_device_is_not_resumed_with(tmp_path: Path) -> None:
     (out / "run.json").write_text(json.dumps(about))
     with pytest.raises(InputError, match="not what the run was begun with"):
         Runner(setup("", out), resume=True).run()
+
+
+def interrupted(out: Path) -> dict[str, Any]:
+    """A run with a case to go, and its ``run.json``."""
+    with pytest.raises(KeyboardInterrupt):
+        Runner(setup("right", out, ["add[fp32,small]", "add[fp32,odd]"]), Notes(stop_at=1)).run()
+    about: dict[str, Any] = json.loads((out / "run.json").read_text())
+    return about
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda a: a["environment"]["packages"].update(torch="1.0"), 'environment.packages.torch: it says "'),
+        (lambda a: a["environment"].update(python="CPython 3.8.1"), "environment.python"),
+        (lambda a: a["environment"]["drivers"].update(nvidia="555.1, 96"), "environment.drivers.nvidia"),
+        (lambda a: a["environment"]["variables"].update(CUBLAS_X="1"), "environment.variables.CUBLAS_X: it is missing"),
+        (lambda a: a["environment"]["cores"].update(usable=4096), "environment.cores.usable"),
+        (lambda a: a["backend"].update(threads=512), "environment.threads: it says"),
+    ],
+)
+def test_a_run_does_not_go_on_in_another_environment(change: Callable[[Any], Any], named: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    about = interrupted(out)
+    change(about)
+    (out / "run.json").write_text(json.dumps(about))
+    for _ in range(2):  # being refused changes nothing
+        with pytest.raises(InputError, match="the environment is not the one") as refused:
+            Runner(setup("", out), resume=True).run()
+        assert named in str(refused.value)
+    assert len(RunFolder(out).records()) == 1
+    assert json.loads((out / "run.json").read_text())["resumed"] == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_a_variable_that_is_set_meanwhile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tmp_path / "run")
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    with pytest.raises(InputError, match="TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: it does not belong there"):
+        Runner(setup("", tmp_path / "run"), resume=True).run()
+
+
+@pytest.mark.usefixtures("here")
+def test_the_report_says_that_a_run_went_on(tmp_path: Path) -> None:
+    interrupted(tmp_path / "run")
+    told = assemble(Runner(setup("", tmp_path / "run"), resume=True).run())
+    assert told["setup"]["options"] == {"resumed": 1}
+    assert any("interrupted and went on once" in sentence for sentence in told["not_proved"])
+    jsonschema.validate(json.loads(json.dumps(told)), schema())
+    whole = assemble(Runner(setup("right", tmp_path / "whole", ["add[fp32,small]"])).run())
+    assert whole["setup"]["options"] == {}
+    assert not any("went on" in sentence for sentence in whole["not_proved"])
 
 
 @pytest.mark.usefixtures("here")

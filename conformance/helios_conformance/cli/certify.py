@@ -279,7 +279,7 @@ def _bundle(result: RunResult) -> tuple[Path, dict[str, Any]]:
 
     from helios_conformance import bundle, environment
 
-    result.environment = environment.read(result.backend)
+    result.environment = result.environment or environment.read(result.backend)
     folder = bundle.write(result, result.setup.out)
     return folder / "report.html", json.loads((folder / "report.json").read_text(encoding="utf-8"))["verdict"]
 
