@@ -1,0 +1,139 @@
+"""Convolutions: the kernel in the interpreter by the suite, layouts, and every way against the same oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helios.backend import select
+from helios.ops.conv import conv3d as body
+from helios_conformance import budget, execute, references, suite
+from helios_conformance.draws import Root
+from helios_conformance.session import Session
+from helios_cuda import convolution
+from helios_cuda.choice import CHOICES
+from helios_cuda.convolution import Filter
+from helios_cuda.kernels import conv
+from helios_cuda.launch import recording
+
+BF16, F32 = torch.bfloat16, torch.float32
+Triple = tuple[int, int, int]
+CASES: dict[str, tuple[tuple[int, ...], int, Triple, Triple, Triple]] = {
+    "causal": ((2, 16, 4, 5, 6), 8, (3, 3, 3), (1, 1, 1), (0, 1, 1)),
+    "rows": ((1, 6, 2, 5, 7), 3, (1, 3, 3), (1, 1, 1), (0, 1, 1)),
+    "down": ((1, 4, 2, 9, 7), 4, (1, 3, 3), (1, 2, 2), (0, 0, 0)),
+    "time_down": ((2, 4, 5, 2, 3), 4, (3, 1, 1), (2, 1, 1), (0, 0, 0)),
+    "point": ((2, 6, 2, 3, 4), 5, (1, 1, 1), (1, 1, 1), (0, 0, 0)),
+    "padded_time": ((1, 4, 3, 3, 4), 5, (3, 3, 3), (1, 1, 1), (1, 1, 1)),
+}
+CHECKS = ("op_values", "op_specials", "op_refuses")
+ON_A_DEVICE = {"cudnn": convolution._cudnn, "cudnn_frames": convolution._frames, "cublas": convolution._point}
+
+
+def drawn(shape: tuple[int, ...], out: int, kernel: Triple, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(5)
+    fan = shape[1] * kernel[0] * kernel[1] * kernel[2]
+    x = torch.randn(shape, generator=random).to(dtype)
+    weight = (torch.randn(out, shape[1], *kernel, generator=random) * fan**-0.5).to(dtype)
+    return x, weight, torch.randn(out, generator=random).to(dtype)
+
+
+def judge(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Triple, padding: Triple) -> list[str]:
+    wide = None if bias is None else bias.double()
+    oracle: Tensor = body(x.double(), weight.double(), wide, stride=stride, padding=padding)
+    assert result.shape == oracle.shape
+    assert result.dtype == x.dtype
+    reference = budget.measure(oracle.to(x.dtype), oracle)
+    allowed = budget.allowed("reduce", x.dtype, weight[0].numel(), oracle, reference)
+    return budget.exceeded(budget.measure(result, oracle), allowed)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_kernel_passes_the_suite(precision: str) -> None:
+    session = Session(select("cuda:interpret"), Root(12, "n"))
+    listed = suite.choose(precision, "quick", ["ops"])
+    cases = [c for c in listed if c.params.get("op") == "conv3d" and c.check in CHECKS]
+    verdicts = {case.id: execute.run_here(case, session, references.committed())[1] for case in cases}
+    assert {i: v.reason for i, v in verdicts.items() if v.state not in ("pass", "skip")} == {}
+    assert len([v for v in verdicts.values() if v.state == "pass"]) > 8
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("outputs", [96, 192, 40])
+def test_each_pair_of_tiles(dtype: torch.dtype, outputs: int) -> None:
+    """All widths of tiles, the second and ragged ones included."""
+    x, weight, bias = drawn((1, 35, 3, 3, 5), outputs, (3, 1, 3), dtype)
+    w = Filter(weight, bias)
+    assert judge(conv.conv3d(x, w.weight, bias, (1, 1, 1), (0, 0, 1)), x, weight, bias, (1, 1, 1), (0, 0, 1)) == []
+
+
+def test_operands_of_any_layout_give_channels_last() -> None:
+    shape, out, kernel, stride, padding = CASES["causal"]
+    x, weight, bias = drawn(shape, out, kernel, F32)
+    wanted = conv.conv3d(x, Filter(weight, bias).weight, bias, stride, padding)
+    b, c, t, h, w = shape
+    spacious = torch.full((b, t + 2, h + 1, w + 3, c + 4), torch.nan)
+    view = spacious.permute(0, 4, 1, 2, 3)[:, 1 : c + 1, 2:, 1:, 2:-1]
+    view.copy_(x)
+    flipped = weight.transpose(3, 4).contiguous().transpose(3, 4)
+    came = conv.conv3d(view, Filter(flipped, bias).weight, bias.repeat(2)[out:], stride, padding)
+    assert torch.equal(came, wanted)
+    assert came.permute(0, 2, 3, 4, 1).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("way", ON_A_DEVICE)
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
+def test_ways_of_libraries_keep_the_budget(way: str, name: str, dtype: torch.dtype, biased: bool) -> None:
+    """Computed by torch on the CPU: what they do around the library is the same there."""
+    shape, out, kernel, stride, padding = CASES[name]
+    if (way == "cublas" and name != "point") or (way == "cudnn_frames" and padding[0]):
+        return
+    x, weight, bias = drawn(shape, out, kernel, dtype)
+    kept = bias if biased else None
+    for _ in range(2):  # the second time with forms that are there already
+        result = ON_A_DEVICE[way](x, Filter(weight, kept), stride, padding)
+        assert judge(result, x, weight, kept, stride, padding) == []
+
+
+def test_a_bias_added_after_the_rounding_misses_the_budget() -> None:
+    """Which is why the ways through cuDNN carry it as a channel."""
+    shape, out, kernel, stride, padding = CASES["causal"]
+    x, weight, bias = drawn(shape, out, kernel, BF16)
+    late = F.conv3d(x.float(), weight.float(), None, stride, padding).to(BF16) + bias[:, None, None, None]
+    assert judge(late, x, weight, bias, stride, padding) != []
+
+
+def test_ways_say_where_they_are_not() -> None:
+    x, weight, bias = (y.to("meta") for y in drawn((1, 4, 3, 4, 5), 6, (3, 3, 3), BF16))
+    w = Filter(weight, bias)
+    reasons = {v.name: v.there(x, w, (1, 1, 1), (0, 1, 1)) for v in convolution.VARIANTS}
+    assert reasons.pop("triton") == ""
+    assert all(reasons.values())
+    assert convolution._bias_fits(w, (0, 2, 2)) != ""
+    assert convolution._bias_fits(Filter(weight, None), (0, 2, 2)) == ""
+
+
+def test_without_a_device_nothing_is_measured_or_recorded() -> None:
+    kernel = convolution.KERNELS["conv3d"]
+    x, weight, bias = drawn((1, 4, 3, 3, 3), 5, (3, 3, 3), F32)
+    assert kernel.prepare is not None
+    handle = kernel.prepare(None, weight, bias, stride=(1, 1, 1), padding=(0, 1, 1))
+    out = kernel.run(handle, x, stride=(1, 1, 1), padding=(0, 1, 1))
+    assert judge(out, x, weight, bias, (1, 1, 1), (0, 1, 1)) == []
+    assert CHOICES.chosen(convolution._key(x, handle, (1, 1, 1), (0, 1, 1))) == ""
+
+
+def test_real_sizes_need_no_memory_to_be_recorded() -> None:
+    x = torch.empty(1, 35, 384, 640, 96, dtype=BF16, device="meta").permute(0, 4, 1, 2, 3)
+    weight = torch.empty(96, 96, 3, 3, 3, dtype=BF16, device="meta")
+    with recording() as launches:
+        out = conv.conv3d(x, Filter(weight, None).weight, None, (1, 1, 1), (0, 1, 1))
+    assert tuple(out.shape) == (1, 96, 33, 384, 640)
+    (launch,) = launches
+    tile = launch.constants
+    assert launch.kernel is conv.THIRDS
+    assert launch.grid == (33 * 384 * 640 // tile["POSITIONS"] * 96 // (tile["WIDE"] + tile["NARROW"]),)
