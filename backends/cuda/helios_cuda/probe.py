@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
+import warnings
 
 import torch
 
@@ -14,8 +16,8 @@ __all__ = ["OLDEST", "devices", "require_triton"]
 
 OLDEST = (8, 0)
 """The oldest compute capability that the kernels are compiled for: bfloat16 in the tensor cores begins there."""
-TRITON = (3, 2)
-"""The oldest Triton that the kernels are expected to compile with."""
+TRITON = "3.2"
+"""The oldest Triton that the kernels are expected to compile with, for a torch that asks for none in particular."""
 
 
 def devices() -> list[DeviceInfo]:
@@ -23,7 +25,10 @@ def devices() -> list[DeviceInfo]:
     if torch.version.cuda is None:
         why = f"this torch ({torch.__version__}) is built without CUDA"
         raise BackendUnavailable(why, "install the CUDA build of torch: https://pytorch.org/get-started")
-    if not torch.cuda.is_available():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an old driver torch warns, and then it says there is no GPU
+        present = torch.cuda.is_available()
+    if not present:
         raise BackendUnavailable(*_no_driver())
     require_triton()
     found = [_device(i) for i in range(torch.cuda.device_count())]
@@ -46,20 +51,56 @@ def _no_driver() -> tuple[str, str]:
     try:
         torch.cuda.init()
     except Exception as error:
-        text = str(error).strip().splitlines()[0]
+        text = " ".join(str(error).split())
         if "too old" in text:
-            return text, f"update the NVIDIA driver to one for CUDA {torch.version.cuda}, or install an older torch"
+            found = re.search(r"found version (\d+)", text)
+            knows = f": it is for CUDA {int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}" if found else ""
+            why = f"the NVIDIA driver is too old{knows}, this torch for CUDA {torch.version.cuda}"
+            return (
+                why,
+                f"update the NVIDIA driver to one for CUDA {torch.version.cuda}, or install a torch for an older one",
+            )
         if "no NVIDIA driver" in text:
             return "there is no NVIDIA driver on this machine", "install the driver; `nvidia-smi` then lists the GPU"
-        return f"torch cannot start CUDA: {text}", "`nvidia-smi` says whether the driver sees the GPU"
+        numbered = re.search(r"Error \d+: .*", text)
+        said = numbered[0] if numbered else text[:100] or type(error).__name__
+        return f"torch cannot start CUDA: {said}", "`nvidia-smi` says whether the driver sees the GPU"
     return "the driver shows no GPU", "check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
 
 
 def require_triton() -> None:
-    """Raises BackendUnavailable if Triton is absent or too old."""
+    """Raises BackendUnavailable if Triton is absent, too old, or not the one that this torch is made with."""
+    from packaging.specifiers import SpecifierSet
+
+    pin = _pin()
+    wanted = f"'triton{pin}'"
     if importlib.util.find_spec("triton") is None:
-        raise BackendUnavailable("Triton is not installed", "pip install triton (torch's CUDA build brings it)")
-    version = importlib.metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) < TRITON:
-        wanted = ".".join(map(str, TRITON))
-        raise BackendUnavailable(f"Triton {version} is older than {wanted}", f"pip install 'triton>={wanted}'")
+        made = f", the version that torch {_torch()} is made with" if pin else ""
+        raise BackendUnavailable("Triton is not installed", f"pip install {wanted if pin else 'triton'}{made}")
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+        return
+    if pin and not SpecifierSet(pin).contains(version, prereleases=True):
+        why = f"Triton {version} does not match torch {_torch()}, which is made with {pin.removeprefix('==')}"
+        raise BackendUnavailable(why, f"pip install {wanted}")
+    if not SpecifierSet(f">={TRITON}").contains(version.partition("rc")[0], prereleases=True):
+        raise BackendUnavailable(f"Triton {version} is older than {TRITON}", f"pip install 'triton>={TRITON}'")
+
+
+def _pin() -> str:
+    """Which versions of Triton the installed torch asks for, such as ``==3.6.0``; empty where it asks for none."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for line in importlib.metadata.requires("torch") or ():
+        try:
+            asked = Requirement(line)
+        except InvalidRequirement:
+            continue
+        if asked.name == "triton" and (asked.marker is None or asked.marker.evaluate({"extra": ""})):
+            return str(asked.specifier)
+    return ""
+
+
+def _torch() -> str:
+    return importlib.metadata.version("torch")
