@@ -44,7 +44,7 @@ def new_backend(
     for path in files:
         output.line(f"  {path.relative_to(folder)}")
     output.heading("Next")
-    place = str(folder) if folder.is_absolute() else f"./{folder}"
+    place = f"./{folder}" if folder.name == str(folder) else str(folder)  # a bare name would be a package of an index
     for words in (
         ["pip", "install", "-e", place],
         ["helios", "backends"],

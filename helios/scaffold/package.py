@@ -1,4 +1,4 @@
-"""Which files a new backend's package has, under which names, and how they come onto the disk: all or none."""
+"""Which files a new backend's package has, under which names, and how they come onto the disk: all, or none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import keyword
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -141,7 +140,7 @@ def _check_name(name: str) -> None:
 
 
 def write(package: Package, folder: Path) -> list[Path]:
-    """Write the package; it appears whole or not at all.
+    """Write the package: all of it, or nothing.
 
     Args:
         package: what to write.
@@ -154,30 +153,27 @@ def write(package: Package, folder: Path) -> list[Path]:
         InputError: there is something in the folder's place; it is left as it is.
         StorageError: it cannot be written; nothing is left of it.
     """
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+    there = os.path.lexists(folder)
+    if there and not (folder.is_dir() and not any(folder.iterdir())):
         what = "is not empty" if folder.is_dir() else "is not a folder"
         raise InputError(f"{folder} exists and {what}; nothing was written", "--out DIR names another one")
     files = package.files()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made: {error}", "--out DIR names another place") from error
-    try:
         for path, text in files.items():
-            (part / path).parent.mkdir(parents=True, exist_ok=True)
-            (part / path).write_text(text, encoding="utf-8")
-        part.chmod(0o777 & ~_umask())  # mkdtemp's folder is its owner's alone
-        os.replace(part, folder.resolve())
-    except OSError as error:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text, encoding="utf-8")
+    except BaseException as error:
+        _clear(folder, keep=there)
+        if not isinstance(error, OSError):
+            raise
         raise StorageError(f"{folder} cannot be written: {error}", "--out DIR names another place") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return [folder / path for path in files]
 
 
-def _umask() -> int:
-    """The process's mask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def _clear(folder: Path, *, keep: bool) -> None:
+    """Take away what was written into a folder that was empty or not there."""
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

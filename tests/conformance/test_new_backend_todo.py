@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import re
 from collections.abc import Callable
@@ -76,6 +77,12 @@ def test_a_view_takes_no_time_and_a_copy_does() -> None:
     assert [shares[name].share for name in ("reshape", "narrow", "unbind", "split_heads")] == [0.0] * 4
     assert shares["pad_zero"].share > 0.01
     assert shares["reshape"].nodes > 100
+
+
+def test_the_example_of_operands_holds() -> None:
+    failed, attempted = doctest.testmod(todo)
+    assert attempted > 0
+    assert failed == 0
 
 
 def test_what_runs_fused_is_counted_fused() -> None:

@@ -218,11 +218,19 @@ def test_an_empty_folder_is_taken_and_new_ones_are_made(tmp_path: Path) -> None:
         assert paths
         assert all(path.is_file() for path in paths)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty", "link"]
-    modes = {(tmp_path / name).stat().st_mode for name in ("a", "a/b")}
-    assert len(modes) == 1, "as readable as any new folder"
 
 
-def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_that_one_stands_in_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["new-backend", "chip", "--out", "."]) == 0
+    assert "pip install -e .\n" in capsys.readouterr().out
+    assert Path("helios_chip/backend.py").is_file()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_nothing_half_written_is_left(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, written = Path.write_text, []
 
     def full(self: Path, text: str, encoding: str | None = None) -> int:
@@ -232,15 +240,17 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
         return real(self, text, encoding)
 
     monkeypatch.setattr(Path, "write_text", full)
+    if there:
+        (tmp_path / "new").mkdir()
     with pytest.raises(StorageError, match="No space left") as caught:
         write(Package("chip"), tmp_path / "new")
     assert "--out" in caught.value.fix
     assert len(written) == 5
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "new"] if there else [])
 
 
 def test_a_place_that_cannot_be_written_is_told() -> None:
-    with pytest.raises(StorageError, match="cannot be made"):
+    with pytest.raises(StorageError, match="cannot be written"):
         write(Package("chip"), Path("/proc/helios-chip"))
 
 
@@ -262,7 +272,10 @@ def test_the_next_three_commands_can_be_pasted(
     assert (tmp_path / "a chip" / "helios_my_chip" / "backend.py").is_file()
 
 
-def test_without_a_folder_it_is_named_like_the_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_folder_it_is_named_like_the_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["new-backend", "my_chip", "--kind", "engine"]) == 0
+    assert "pip install -e ./helios-my-chip\n" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["helios-my-chip"]
