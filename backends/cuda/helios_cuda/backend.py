@@ -15,6 +15,7 @@ from helios.passes import Plan
 from helios.program import Program
 from helios_cuda import failures, gemm, interpreter, probe
 from helios_cuda.graphs import CudaRecorder, Recorder
+from helios_cuda.later import Later
 from helios_cuda.program import CudaProgram
 from helios_cuda.staging import CudaLink, Link
 
@@ -71,11 +72,8 @@ class CudaBackend(Backend):
 
     @functools.cached_property
     def kernels(self) -> Mapping[str, Kernel]:  # type: ignore[override]
-        from helios_cuda import convolution
-        from helios_cuda.kernels import KERNELS
-
-        bodies = {name: Kernel(op.get(name).fn) for name in op.names() if op.get(name).kind != "fused"}
-        return {**bodies, **gemm.KERNELS, **convolution.KERNELS, **KERNELS}
+        core = (name for name in op.names() if op.get(name).kind != "fused")
+        return Later([*core, *self.fusions], _kernels)
 
     def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
         return compile_kernels(plan, self, fallback=fallback, program=CudaProgram)
@@ -105,3 +103,12 @@ class CudaBackend(Backend):
     @property
     def label(self) -> str:
         return f"{self.name}:{INTERPRET}" if self._interpreted else super().label
+
+
+def _kernels() -> Mapping[str, Kernel]:
+    """All kernels by op name. Imports Triton."""
+    from helios_cuda import convolution
+    from helios_cuda.kernels import KERNELS
+
+    bodies = {name: Kernel(op.get(name).fn) for name in op.names() if op.get(name).kind != "fused"}
+    return {**bodies, **gemm.KERNELS, **convolution.KERNELS, **KERNELS}

@@ -216,8 +216,19 @@ begin = time.process_time()
 found = helios.backend.probe("cuda")
 seconds = time.process_time() - begin
 assert seconds < 0.5, seconds
+from helios_cuda import CudaBackend
+backend = CudaBackend()
+assert len(backend.kernels) == len([*backend.kernels]) > 30
+assert "attention" in backend.kernels and "no_op" not in backend.kernels
 assert "triton" not in sys.modules
 assert found.why if torch.version.cuda is None else True
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_name_has_its_kernel() -> None:
+    kernels = backends.select("cuda:interpret").kernels
+    assert [name for name in kernels if kernels[name].run is None] == []
+    with pytest.raises(KeyError):
+        kernels["no_op"]
