@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from helios_cuda import tables
+from helios_cuda.architectures import block_shared
 from helios_cuda.interpreter import as_a_gpu_would, interpreting
 from helios_cuda.tables import Tile
 
@@ -36,6 +37,7 @@ class Launch:
         constants: compile-time constants by name, the tile's sizes included.
         tile: what was chosen.
         grid: programs along each axis.
+        key: what the tables have it by.
     """
 
     kernel: Tiled
@@ -43,6 +45,7 @@ class Launch:
     constants: Mapping[str, Any]
     tile: Tile
     grid: tuple[int, ...]
+    key: str = ""
 
 
 _recorder: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("recorder", default=None)
@@ -75,7 +78,18 @@ class Tiled:
 
     def __init__(self, function: Any, name: str, candidates: Sequence[Tile], interpreted: Tile | None) -> None:
         self.function, self.name, self.candidates = function, name, tuple(candidates)
-        self.default = interpreted if interpreted is not None and interpreting() else self.candidates[0]
+        self.interpreted = interpreted if interpreting() else None
+
+    def fitting(self, architecture: str) -> tuple[Tile, ...]:
+        """The candidates that an architecture has the shared memory for: what may be chosen there, and tuned among."""
+        room = block_shared(architecture)
+        return tuple(tile for tile in self.candidates if tile.shared << 10 <= room)
+
+    def chosen(self, key: str, device: torch.device) -> Tile:
+        """What runs on a device: what was tuned there, else the first that fits."""
+        return (
+            self.interpreted or tables.look_up(self.name, key, device) or self.fitting(tables.architecture(device))[0]
+        )
 
     def launch(self, grid: Grid, *arguments: Any, key: str = "", **constants: Any) -> None:
         """Launch on the device of the first tensor.
@@ -87,12 +101,12 @@ class Tiled:
             constants: compile-time constants beside the tile's sizes.
         """
         first = next(x for x in arguments if isinstance(x, Tensor))
-        tile = _forced.get() or tables.look_up(self.name, key, first.device) or self.default
+        tile = _forced.get() or self.chosen(key, first.device)
         values = {**constants, **tile.sizes}
         size = grid(values)
         noted = _recorder.get()
         if noted is not None:
-            noted.append(Launch(self, arguments, values, tile, size))
+            noted.append(Launch(self, arguments, values, tile, size, key))
         elif all(size):  # a launch of no programs is an error to CUDA, and means nothing to do
             with as_a_gpu_would():
                 self.function[size](*arguments, **values, num_warps=tile.warps, num_stages=tile.stages)

@@ -6,24 +6,35 @@ a key is missing, the kernel's first candidate runs. ``python tools/gpu/tune.py`
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 
 import torch
 
-__all__ = ["Tile", "known", "look_up", "table"]
+__all__ = ["Tile", "architecture", "assumed", "known", "look_up", "table"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Sizes of a program's block by constant name, its warps (of 32 threads) and the depth of its software pipeline."""
+    """What a program works on, and with what.
+
+    Args:
+        sizes: of its block, by constant name.
+        warps: of 32 threads.
+        stages: depth of its software pipeline.
+        shared: KiB of shared memory that it takes at most, where some architecture has less (see ``LEAST_SHARED``); the
+            report of the kernels holds it to that.
+    """
 
     sizes: Mapping[str, int]
     warps: int = 4
     stages: int = 2
+    shared: int = 0
 
 
 def known() -> list[str]:
@@ -46,9 +57,25 @@ def table(architecture: str) -> Mapping[str, Mapping[str, Tile]]:
 
 def look_up(kernel: str, key: str, device: torch.device) -> Tile | None:
     """The tuned tile on this device, or None."""
-    if device.type != "cuda":
-        return None
-    return table(_architecture(device.index or 0)).get(kernel, {}).get(key)
+    return table(architecture(device)).get(kernel, {}).get(key)
+
+
+_assumed: contextvars.ContextVar[str] = contextvars.ContextVar("assumed", default="")
+
+
+@contextlib.contextmanager
+def assumed(name: str) -> Iterator[None]:
+    """Within, tensors that are on no GPU count as on one of this architecture: for the offline compiler."""
+    token = _assumed.set(name)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def architecture(device: torch.device) -> str:
+    """What a device is, such as ``sm_90``; ``""`` if it is no GPU and none is assumed."""
+    return _architecture(device.index or 0) if device.type == "cuda" else _assumed.get()
 
 
 @functools.cache
