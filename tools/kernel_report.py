@@ -1,0 +1,292 @@
+"""Compile every Triton kernel for every architecture, without a GPU, and write docs/kernels.md and docs/kernels.json.
+
+    python tools/kernel_report.py [--architectures sm_90 …] [--default-only] [--out out/kernels] [--write]
+
+What is compiled: the launches of the 14b plan at 384×640 in bf16 (denoising, sampler, VAE) in the layouts that its
+kernels really leave, and of each op's samples at real sizes in bf16 and fp32. The tile that an architecture would
+choose is compiled for all of these; every other candidate for one launch of each kernel and key. Ends with 1 where
+something is wrong: see ``helios_cuda.offline.problems``. What was compiled once is remembered in ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helios import op
+from helios.errors import HeliosError
+from helios.fit.costs import LATENT_FRAMES, Setting
+from helios.graph import Graph
+from helios.lower import plan_for
+from helios.model.presets import SIZES, VARIANTS
+from helios.model.vae import decode_graph
+from helios.pipeline.denoise import Layout, denoise_graphs
+from helios.pipeline.history import Window
+from helios_cuda import CudaBackend, offline, tables
+from helios_cuda.architectures import ARCHITECTURES
+from helios_cuda.launch import Launch
+from helios_cuda.offline import Binary, Form
+from helios_cuda.tables import Tile
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass
+class Use:
+    """A form on one architecture, with the tile that would be chosen there and how often the plan launches it."""
+
+    form: Form
+    tile: Tile
+    launches: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One binary and what is wrong with it."""
+
+    architecture: str
+    form: Form
+    tile: Tile
+    chosen: bool
+    launches: int
+    binary: Binary
+    wrong: tuple[str, ...]
+
+
+def plan_graphs() -> Mapping[str, Graph]:
+    """The graphs of one chunk as the CUDA backend gets them: denoising, sampler, and the VAE's decoding in one pass."""
+    setting = Setting(SIZES["14b"], VARIANTS["distilled"])
+    variant, dtype = setting.variant, setting.dtype
+    layout = Layout(setting.batch, *setting.latent, setting.text_tokens, Window())
+    graphs = denoise_graphs(setting.size.transformer, variant.scheduler, variant.pipeline, layout, dtype)
+    graphs["decode"] = decode_graph(
+        setting.size.vae,
+        batch=setting.batch,
+        latents=LATENT_FRAMES,
+        height=setting.height,
+        width=setting.width,
+        dtype=dtype,
+        first=True,
+        caches=False,
+    )
+    return plan_for(graphs, CudaBackend()).graphs
+
+
+def uses(graphs: Iterable[Graph], architecture: str) -> list[Use]:
+    """Every form that an architecture launches, once."""
+    found: dict[str, Use] = {}
+
+    def enter(launch: Launch, count: int) -> None:
+        form = offline.form_of(launch)
+        found.setdefault(form.name, Use(form, launch.tile)).launches += count
+
+    kernels = CudaBackend().kernels
+    with tables.assumed(architecture):
+        for graph in graphs:
+            for ran in offline.replay(graph, kernels):
+                for launch in ran.launches:
+                    enter(launch, 1)
+        for launch in _of_samples():
+            enter(launch, 0)
+    return list(found.values())
+
+
+def _of_samples() -> Iterator[Launch]:
+    from helios_cuda.kernels import KERNELS
+
+    for name in sorted(KERNELS):
+        for sample in op.get(name).samples():
+            for dtype in (torch.bfloat16, torch.float32):
+                yield from offline.of_sample(name, KERNELS[name], sample, dtype) if sample.big else ()
+
+
+class Compiler:
+    """Compiles and remembers, by what decides about a binary: the form, which has its source, tile, architecture."""
+
+    def __init__(self, folder: Path) -> None:
+        import triton
+
+        self.path, self.version = folder / "results.json", triton.__version__
+        self.known: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.fresh = 0
+
+    def __call__(self, form: Form, tile: Tile, architecture: str) -> Binary:
+        key = f"{self.version} {architecture} {form.name} {_tile(tile)}"
+        if key not in self.known:
+            self.known[key] = dataclasses.asdict(offline.compiled(form, tile, architecture))
+            self.fresh += 1
+            if self.fresh % 20 == 0:
+                self.save()
+        return _binary(self.known[key])
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.known))
+
+
+def _binary(saved: Mapping[str, Any]) -> Binary:
+    access = {name: {int(width): n for width, n in widths.items()} for name, widths in saved["access"].items()}
+    return Binary(**{**saved, "access": access})
+
+
+def _tile(tile: Tile) -> str:
+    sizes = " ".join(f"{name}={size}" for name, size in tile.sizes.items())
+    return f"{sizes} warps={tile.warps} stages={tile.stages}"
+
+
+def rows(found: list[Use], architecture: str, compile_: Compiler, *, default_only: bool) -> Iterator[Row]:
+    """Compile the chosen tile of every form, and every other that fits of the most used form of each kernel and key."""
+    shown = set()
+    for use in sorted(found, key=lambda use: -use.launches):
+        tiles = [use.tile]
+        group = (use.form.kernel.name, use.form.key)
+        if not default_only and group not in shown:
+            tiles += [tile for tile in use.form.kernel.fitting(architecture) if tile != use.tile]
+        shown.add(group)
+        for tile in tiles:
+            binary, chosen = compile_(use.form, tile, architecture), tile == use.tile
+            wrong = tuple(offline.problems(use.form, tile, architecture, binary, chosen=chosen))
+            yield Row(architecture, use.form, tile, chosen, use.launches, binary, wrong)
+
+
+def main() -> int:
+    """Compile, report progress, write, and say what is wrong."""
+    args = _arguments()
+    compile_, graphs, made = Compiler(args.out), list(plan_graphs().values()), []
+    for architecture in args.architectures:
+        started, before = time.perf_counter(), compile_.fresh
+        found = uses(graphs, architecture)
+        made += list(rows(found, architecture, compile_, default_only=args.default_only))
+        compile_.save()
+        count, fresh = sum(row.architecture == architecture for row in made), compile_.fresh - before
+        print(f"{architecture}: {count} binaries, {fresh} compiled, {time.perf_counter() - started:.0f} s", flush=True)
+    if args.write:
+        _write(made, compile_.version)
+    wrong = [f"{row.architecture} {_what(row)}: {line}" for row in made for line in row.wrong]
+    print("\n".join([*wrong, f"{len(made)} binaries, {len(wrong)} things wrong"]))
+    return 1 if wrong else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
+    parser.add_argument("--default-only", action="store_true", help="no candidates beside the chosen tile")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "kernels", help="remembers what was compiled")
+    parser.add_argument("--write", action="store_true", help="write docs/kernels.md and docs/kernels.json")
+    return parser.parse_args()
+
+
+def _what(row: Row) -> str:
+    return f"{row.form.kernel.name} [{row.form.key}] {_tile(row.tile)}"
+
+
+def _write(made: list[Row], version: str) -> None:
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    head = {"commit": commit, "triton": version, "command": "python tools/kernel_report.py --write"}
+    lines = ",\n ".join(json.dumps(_record(row)) for row in made)
+    (ROOT / "docs" / "kernels.json").write_text(json.dumps(head)[:-1] + f', "binaries": [\n {lines}\n]}}\n')
+    (ROOT / "docs" / "kernels.md").write_text("\n".join(_document(made, head)) + "\n")
+
+
+def _record(row: Row) -> dict[str, Any]:
+    binary = row.binary
+    return {
+        "arch": row.architecture,
+        "kernel": row.form.kernel.name,
+        "key": row.form.key,
+        "tile": _tile(row.tile),
+        "chosen": row.chosen,
+        "launches": row.launches,
+        "registers": binary.registers,
+        "spilled": binary.spilled,
+        "shared": binary.shared,
+        "occupancy": round(binary.occupancy, 3),
+        "access": {name: " ".join(f"{n}×{w}" for w, n in widths.items()) for name, widths in binary.access.items()},
+        "products": binary.products,
+        "seconds": round(binary.seconds, 1),
+        "wrong": row.wrong,
+    }
+
+
+def _document(made: list[Row], head: Mapping[str, str]) -> Iterator[str]:
+    """The lines of docs/kernels.md."""
+    names = list(dict.fromkeys(row.architecture for row in made))
+    wrong = [f"- {row.architecture} {_what(row)}: {line}" for row in made for line in row.wrong]
+    yield from (TEXT % {**head, "count": len(made), "wrong": len(wrong) or "nothing"}).splitlines()
+    yield from ["", *wrong] if wrong else []
+    yield from ["", f"| kernel | forms | {' | '.join(names)} |", f"| --- | --- |{' --- |' * len(names)}"]
+    chosen = collections.defaultdict(list)
+    for row in made:
+        if row.chosen:
+            chosen[row.form.kernel.name, row.architecture].append(row)
+    for kernel in dict.fromkeys(row.form.kernel.name for row in made):
+        forms = {row.form.name for row in made if row.form.kernel.name == kernel}
+        cells = (_cell(chosen[kernel, name]) for name in names)
+        yield f"| {kernel} | {len(forms)} | {' | '.join(cells)} |"
+    yield from [
+        "",
+        "<details><summary>sm_90, each form with the tile that is chosen</summary>",
+        "",
+        *_details(made),
+        "",
+    ]
+    yield "</details>"
+
+
+TEXT = """# The Triton kernels, compiled
+
+Made by `%(command)s` at commit `%(commit)s` with Triton %(triton)s; not edited by hand. %(count)s binaries,
+%(wrong)s wrong. Nothing here was run: these are properties of binaries. All candidates: [kernels.json](kernels.json).
+
+What is compiled are the launches of the 14b plan at 384×640 in bf16, in the layouts that the kernels leave their
+results in, and each op's samples at real sizes in bf16 and fp32. Wrong is: a spill or a narrow access (less than 16
+bytes by a thread, to an operand of 8 MiB and more that lies evenly) with the tile that an architecture chooses; more
+shared memory than the architecture has, or than the tile declares, with any candidate.
+
+Registers of a thread · KiB of shared memory of a block · part of the multiprocessor's room for warps that blocks fill,
+with the tile that is chosen: the worst of the kernel's forms. A dash: the kernel is not launched there."""
+
+
+def _cell(found: list[Row]) -> str:
+    if not found:
+        return "–"
+    binaries = [row.binary for row in found]
+    registers, shared = max(b.registers for b in binaries), max(b.shared for b in binaries) / 1024
+    spilled = max(b.spilled for b in binaries)
+    text = f"{registers} · {shared:.1f} · {min(b.occupancy for b in binaries):.0%}"
+    return text + (f" · **{spilled} B spilled**" if spilled else "")
+
+
+def _details(made: list[Row]) -> Iterator[str]:
+    yield "| kernel, key | tile | launches a chunk | registers | shared | room | bytes of accesses | tensor cores | s |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for row in sorted((r for r in made if r.architecture == "sm_90" and r.chosen), key=_what):
+        binary = row.binary
+        widths = (f"{name} {'/'.join(map(str, sorted(found)))}" for name, found in binary.access.items())
+        products = ", ".join(f"{n} {kind}" for kind, n in binary.products.items())
+        yield (
+            f"| {row.form.kernel.name}, {row.form.key} | {_tile(row.tile)} | {row.launches or ''} | {binary.registers}"
+            f" | {binary.shared} | {binary.occupancy:.0%} | {', '.join(widths)} | {products} | {binary.seconds:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except HeliosError as error:
+        sys.exit(str(error))
