@@ -30,8 +30,8 @@ __all__ = ["KERNELS"]
 
 @tiled(
     Tile({"ROWS": 1}, warps=8, stages=1),
-    Tile({"ROWS": 1}, warps=4, stages=1),
     Tile({"ROWS": 2}, warps=8, stages=1),
+    Tile({"ROWS": 2}, warps=16, stages=1),
     Tile({"ROWS": 4}, warps=16, stages=1),
     interpreted=Tile({"ROWS": 128}),
 )
