@@ -80,7 +80,7 @@ def test_heads_may_lie_before_tokens() -> None:
 
 
 def test_rows_may_lie_more_than_2_to_the_31_apart() -> None:
-    """Though neither the row nor its stride is that large, their product is."""
+    """Though neither the row nor its stride is that large, their product is. An index that wraps ends the process."""
     far = torch.empty(2**31 + 128, dtype=BF16)  # of which only the pages that are written take memory
     x = far.as_strided((1, 3, 48), (0, 2**30 + 16, 1))
     x.copy_(drawn(1, 3, 48))

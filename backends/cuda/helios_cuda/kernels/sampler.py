@@ -6,8 +6,8 @@ number of programs, each in a fixed order, and added in a fixed order by all rea
 atomics.
 
 Bytes: latents of 9 × 48 × 80 × 16 are 2.2 MB in float32, and lie in the second-level cache; ``dmd_step`` moves 7.7 MB
-(3 operands, one of them in bfloat16, and its result), ``unipc_step`` 16.6 MB. What counts is launches, and each is
-2 to 4 µs even in a CUDA graph: the bodies launch 6 (``dmd_step``), 20 (``unipc_step``), 7 (``cfg``) and 15
+(3 operands, one of them in bfloat16, and its result), ``unipc_step`` 16.6 MB. What counts is launches, for which we
+expect 2 to 4 µs each even in a CUDA graph: the bodies launch 6 (``dmd_step``), 20 (``unipc_step``), 7 (``cfg``) and 15
 (``cfg_zero_star``) kernels at each step, as ``pytest tests/backends/cuda/test_sampler_kernels.py -k launches`` counts.
 """
 
