@@ -180,6 +180,12 @@ class Candidate:
     def available(self) -> bool:
         return bool(self.devices)
 
+    @property
+    def passed_over(self) -> str:
+        """Why ``auto`` does not take it; empty where it may. What is emulated has to be asked for by name."""
+        emulated = "" if self.cls is None else self.cls.emulated
+        return self.why or (f"it is emulated: {emulated}" if emulated else "")
+
 
 GROUP = "helios.backends"
 PREFERENCE = ("cuda", "ascend", "trt", "cpu", "ort", "reference")
@@ -293,7 +299,7 @@ def _rank(name: str) -> tuple[float, str]:
 def _automatic() -> Backend:
     for name in sorted(names(), key=_rank):
         candidate = probe(name)
-        if candidate.cls is not None and candidate.devices:
+        if candidate.cls is not None and not candidate.passed_over:
             return candidate.cls(index=candidate.devices[0].index)
     raise BackendUnavailable("no backend can run here", fix="`helios doctor` says why, backend by backend")
 
@@ -306,7 +312,7 @@ def explain_automatic(found: Iterable[Candidate] | None = None) -> list[tuple[st
     """
     lines: list[tuple[str, str]] = []
     for candidate in sorted(candidates() if found is None else found, key=lambda c: _rank(c.name)):
-        lines.append((candidate.name, "chosen" if candidate.available else candidate.why))
-        if candidate.available:
+        lines.append((candidate.name, candidate.passed_over or "chosen"))
+        if not candidate.passed_over:
             break
     return lines

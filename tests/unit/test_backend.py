@@ -208,6 +208,14 @@ def test_auto_and_its_explanation_agree(install: Any) -> None:
     assert select().name == "card"
 
 
+def test_auto_never_takes_what_is_emulated(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Card, "emulated", "a simulator")
+    install(("card", "Card"), ("cpu", "helios_cpu:CpuBackend"))
+    assert backends.explain_automatic() == [("card", "it is emulated: a simulator"), ("cpu", "chosen")]
+    assert select().name == "cpu"
+    assert select("card").name == "card"
+
+
 def test_an_explanation_of_what_was_found_probes_nothing(install: Any) -> None:
     install(("card", "Card"), ("cpu", "helios_cpu:CpuBackend"))
     found = list(backends.candidates())
