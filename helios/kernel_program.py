@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class KernelProgram(Program):
         self, plan: Plan, backend: Backend, resolved: Mapping[str, list[Resolved]], coverage: Coverage
     ) -> None:
         super().__init__(plan, backend, coverage)
-        self._handles: dict[tuple[Any, ...], Any] = {}
+        self._handles: MutableMapping[Any, Any] = {}  # by what was packed; see _call
         self._makers = {v.name: item for items in resolved.values() for item in items for v in item.node.outputs}
         self._sequences = {
             name: _Sequence(graph, resolved[name], backend.device) for name, graph in plan.graphs.items()

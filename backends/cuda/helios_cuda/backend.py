@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 
 from helios import op
 from helios.backend import Backend, DeviceInfo, Kernel
-from helios.errors import InputError
+from helios.errors import InputError, unknown_name
 from helios.lower import compile_kernels
 from helios.passes import Plan
 from helios.program import Program
@@ -32,9 +33,11 @@ class CudaBackend(Backend):
             labelled emulated wherever its results show.
         index: of the GPU.
         graphs: whether steps are captured as CUDA graphs and replayed.
+        memory: ``full`` has all weights on the GPU; ``low`` keeps those that do not fit in host memory.
 
     Attributes:
         eager: why steps run kernel by kernel; empty where they are captured.
+        low: whether weights may stay in host memory.
     """
 
     name = "cuda"
@@ -50,10 +53,15 @@ class CudaBackend(Backend):
         "unipc_step",
     )
 
-    def __init__(self, provider: str = "", index: int = 0, *, graphs: bool = True) -> None:
+    def __init__(
+        self, provider: str = "", index: int = 0, *, graphs: bool = True, memory: Literal["full", "low"] = "full"
+    ) -> None:
         if provider not in ("", INTERPRET):
             raise InputError(f"backend 'cuda' has no provider {provider!r}", fix=f"cuda, cuda:1 or cuda:{INTERPRET}")
+        if memory not in ("full", "low"):
+            raise InputError(unknown_name("memory of backend 'cuda'", memory, ("full", "low")))
         super().__init__("", index)
+        self.low = memory == "low"
         self._interpreted = provider == INTERPRET
         if self._interpreted:
             interpreter.interpret()

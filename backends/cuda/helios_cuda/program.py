@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from helios.graph import Node
+from helios.graph import Node, operand_values
 from helios.kernel_program import KernelProgram, Resolved
 from helios.passes import Plan
 from helios.program import EMPTY, Context, Coverage, WeightReader
-from helios_cuda import failures, graphs
+from helios_cuda import failures, graphs, offload
 from helios_cuda.arithmetic import as_declared
 from helios_cuda.graphs import NotCaptured, Steps
+from helios_cuda.offload import Streamed
 from helios_cuda.staging import Staging
 
 if TYPE_CHECKING:
@@ -41,12 +42,14 @@ class CudaProgram(KernelProgram):
         self._entries = {name: graph for name, graph in plan.steps.items() if graphs.reads_a_context(graph)}
         self._steps: Steps | None = None
         self._staging: Staging | None = None
+        self._streamed: Streamed | None = None
         self.eager = self._cuda.eager
 
     def load(self, weights: WeightReader) -> None:
-        self._steps, self.eager = None, self._cuda.eager
+        self._handles = {}  # those of an earlier load, and what they are captured in, make room
+        self._steps, self._streamed, self.eager = None, None, self._cuda.eager
         with self._running("the weights"):
-            self._require_room()
+            self._make_room()
             with self._staged():
                 super().load(weights)
 
@@ -56,10 +59,11 @@ class CudaProgram(KernelProgram):
                 steps = self._steps or self._capture()
                 if steps is not None:
                     return steps.run(graph, inputs)
-            return super().evaluate(graph, inputs)
+            with self._fetching(graph):
+                return super().evaluate(graph, inputs)
 
     def profile(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> list[tuple[Node, float]]:
-        with self._running(entry):
+        with self._running(entry), self._fetching(entry):
             return super().profile(entry, inputs, context)
 
     def move(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -74,6 +78,9 @@ class CudaProgram(KernelProgram):
 
     def execution(self) -> dict[str, Any]:
         """How steps run, as JSON values: which are captured, or why none is."""
+        if self._streamed is not None:
+            kept, fetched = self._streamed.nbytes
+            return {"graphs": [], "eager": self.eager, "resident_bytes": kept, "fetched_bytes": fetched}
         if self._steps is None:
             return {"graphs": [], "eager": self.eager or "nothing ran yet"}
         return {"graphs": list(self._steps.names), "static_bytes": self._steps.nbytes}
@@ -120,6 +127,34 @@ class CudaProgram(KernelProgram):
         finally:
             self._staging = None
 
-    def _require_room(self) -> None:
+    def _make_room(self) -> None:
+        """Keep handles on the host, where that was asked for and all of them do not fit."""
         needed = sum(value.type.nbytes for value in self.weight_inputs().values())
-        failures.require_room(needed, self.backend.memory(), self._cuda.reusable(), self.backend.label)
+        told, reusable = self.backend.memory(), self._cuda.reusable()
+        link = self._cuda.link()
+        if not self._cuda.low or told is None or link is None:
+            failures.require_room(needed, told, reusable, self.backend.label)
+            return
+        room = told[0] + reusable - offload.RESERVE
+        if room >= needed:
+            return
+        often = {call.key for name in self.plan.steps for call in self._sequences[name].calls}
+        calls = [call for sequence in self._sequences.values() for call in sequence.calls]
+        seldom = {call.key: call for call in calls if call.key not in often}
+        packed = (call.node.inputs[i] for call in seldom.values() for i in call.packed)
+        needed -= sum(value.type.nbytes for value in operand_values(packed))
+        self._streamed = Streamed(link, self.backend.device, max(room, 0) / max(needed, 1), frozenset(seldom))
+        self._handles = self._streamed
+        self.eager = "weights are fetched from the host"
+
+    @contextlib.contextmanager
+    def _fetching(self, graph: str) -> Iterator[None]:
+        """Weights on their way in the order in which this graph uses them."""
+        if self._streamed is None:
+            yield
+            return
+        self._streamed.begin([call.key for call in self._sequences[graph].calls if call.key is not None])
+        try:
+            yield
+        finally:
+            self._streamed.end()
