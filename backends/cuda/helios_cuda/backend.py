@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,7 +14,7 @@ from helios.errors import InputError, unknown_name
 from helios.lower import compile_kernels
 from helios.passes import Plan
 from helios.program import Program
-from helios_cuda import failures, gemm, interpreter, probe
+from helios_cuda import failures, gemm, interpreter, probe, record
 from helios_cuda.graphs import CudaRecorder, Recorder
 from helios_cuda.later import Later
 from helios_cuda.program import CudaProgram
@@ -107,6 +107,10 @@ class CudaBackend(Backend):
     def link(self) -> Link | None:
         """How host and device exchange tensors while both work."""
         return None if self._interpreted else CudaLink(self.device)
+
+    def execution_plan(self) -> dict[str, Any]:
+        """What a run on this backend depends on, as JSON values; see ``record.execution_plan``."""
+        return record.execution_plan(self)
 
     @property
     def label(self) -> str:
