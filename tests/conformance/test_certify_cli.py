@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from helios.cli import main
-from helios_conformance import bundle, suite
+from helios_conformance import bundle, environment, suite
 from helios_conformance.draws import Root
 from helios_conformance.live import Progress, reproduce
 
@@ -147,7 +147,9 @@ def finished(out: Path) -> int:
     return len(list((out / "cases").glob("*.json")))
 
 
-def test_ctrl_c_ends_cleanly_and_resume_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_ends_cleanly_and_resume_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "bundle"
     command = [sys.executable, "-m", "helios", "certify", "--backend", "slow", "--out", str(out), "--seed", "5"]
     wanted = [f"add[fp32,{sample}]" for sample in ("small", "odd", "row")]
@@ -163,7 +165,10 @@ def test_ctrl_c_ends_cleanly_and_resume_goes_on(tmp_path: Path, capsys: pytest.C
     assert f"helios certify --resume --out {out} goes on" in err
     before = finished(out)
     assert 0 < before < len(wanted), "interrupted in the middle"
-    nonce = json.loads((out / "run.json").read_text())["setup"]["root"]["nonce"]
+    about = json.loads((out / "run.json").read_text())
+    nonce, git = about["setup"]["root"]["nonce"], about["environment"]["git"]
+    # Who commits while this test runs does not change what it runs.
+    monkeypatch.setattr(environment, "_git", lambda module: git["helios" if module == "helios" else "backend"])
     assert main(["certify", "--resume", "--out", str(out)]) == 0
     made = report(out)
     assert (made["suite"]["seed"], made["suite"]["nonce"]) == (5, nonce)

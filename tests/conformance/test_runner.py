@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from helios.errors import HeliosError, InputError, StateError
-from helios_conformance import execute, runner, suite
+from helios_conformance import environment, execute, runner, suite
 from helios_conformance.case import Case, Observation, Verdict
 from helios_conformance.checks import CHECKS
 from helios_conformance.draws import Root
@@ -172,6 +172,7 @@ class Here:
 def here(monkeypatch: pytest.MonkeyPatch, meet_strangers: Meet) -> None:
     meet_strangers(monkeypatch)
     monkeypatch.setattr(runner, "Worker", Here)
+    monkeypatch.setattr(environment, "_git", lambda module: None)  # who commits meanwhile changes nothing here
 
 
 @pytest.mark.usefixtures("here")
@@ -256,6 +257,10 @@ def interrupted(out: Path) -> dict[str, Any]:
     ("change", "named"),
     [
         (lambda a: a["environment"]["packages"].update(torch="1.0"), 'environment.packages.torch: it says "'),
+        (
+            lambda a: a["environment"]["git"].update(helios={"commit": "0" * 40, "dirty": False}),
+            "environment.git.helios",
+        ),
         (lambda a: a["environment"].update(python="CPython 3.8.1"), "environment.python"),
         (lambda a: a["environment"]["drivers"].update(nvidia="555.1, 96"), "environment.drivers.nvidia"),
         (lambda a: a["environment"]["variables"].update(CUBLAS_X="1"), "environment.variables.CUBLAS_X: it is missing"),
