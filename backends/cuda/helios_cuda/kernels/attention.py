@@ -36,7 +36,7 @@ from helios.backend import Kernel
 from helios_cuda.kernels.numerics import dot, rounded
 from helios_cuda.launch import Tile, Tiled, name_of, rows_apart
 
-__all__ = ["FLOAT32", "HOPPER", "KERNELS", "PLAIN", "WIDE", "flash"]
+__all__ = ["FLOAT32", "KERNELS", "NARROW", "WIDE", "flash"]
 
 
 @triton.jit
@@ -147,41 +147,36 @@ def _attention(
 
 _INTERPRETED = Tile({"QUERIES": 256, "KEYS": 128})
 
-PLAIN = Tiled(
+NARROW = Tiled(
     _attention,
     "attention",
     (
+        Tile({"QUERIES": 128, "KEYS": 128}, warps=8, stages=3, shared=225),
         Tile({"QUERIES": 128, "KEYS": 64}, warps=8, stages=2),
-        Tile({"QUERIES": 128, "KEYS": 64}, warps=8, stages=3),
+        Tile({"QUERIES": 128, "KEYS": 64}, warps=8, stages=3, shared=129),
         Tile({"QUERIES": 128, "KEYS": 32}, warps=8, stages=3),
         Tile({"QUERIES": 128, "KEYS": 32}, warps=8, stages=2),
+        Tile({"QUERIES": 128, "KEYS": 128}, warps=8, stages=2, shared=161),
+        Tile({"QUERIES": 64, "KEYS": 64}, warps=4, stages=3, shared=113),
     ),
     _INTERPRETED,
 )
-"""For every architecture: at most 99 KB of shared memory at head size 128."""
-HOPPER = Tiled(
-    _attention,
-    "attention_hopper",
-    (
-        Tile({"QUERIES": 128, "KEYS": 128}, warps=8, stages=3),
-        Tile({"QUERIES": 128, "KEYS": 128}, warps=8, stages=2),
-        Tile({"QUERIES": 128, "KEYS": 64}, warps=8, stages=3),
-        Tile({"QUERIES": 64, "KEYS": 64}, warps=4, stages=3),
-    ),
-    _INTERPRETED,
-)
-"""For capability 9.0 and 10: 227 KB of shared memory, and products by whole warpgroups."""
+"""For head sizes up to 128. The first tile fits capability 9.0 and 10.0, whose products are of whole warpgroups; the
+second is what runs unasked elsewhere."""
 WIDE = Tiled(
     _attention,
     "attention_wide",
-    (Tile({"QUERIES": 64, "KEYS": 32}, warps=8, stages=2), Tile({"QUERIES": 64, "KEYS": 16}, warps=8, stages=2)),
+    (
+        Tile({"QUERIES": 64, "KEYS": 32}, warps=8, stages=2, shared=129),
+        Tile({"QUERIES": 64, "KEYS": 16}, warps=8, stages=2),
+    ),
     _INTERPRETED,
 )
 """For head sizes above 128, on every architecture."""
 FLOAT32 = Tiled(
     _attention,
     "attention_fp32",
-    (Tile({"QUERIES": 32, "KEYS": 32}, warps=8, stages=1), Tile({"QUERIES": 32, "KEYS": 16}, warps=8, stages=1)),
+    (Tile({"QUERIES": 32, "KEYS": 16}, warps=8, stages=1), Tile({"QUERIES": 64, "KEYS": 16}, warps=8, stages=1)),
     _INTERPRETED,
 )
 """For float32, whose products hold their operands in registers."""
@@ -205,25 +200,21 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Ten
     q, k, v = rows_apart(q), rows_apart(k), rows_apart(v)
     out = q.new_empty(b, s, h, d)
     width = max(16, triton.next_power_of_2(d))
-    _kernel(q.dtype, width, q.device).launch(
+    _kernel(q.dtype, width).launch(
         lambda size: (triton.cdiv(s, size["QUERIES"]) * b * h,),
         *(q, k, v, out, s, k.shape[1], h, d, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], factor),
         key=f"{name_of(q.dtype)} d={d} {'short' if k.shape[1] <= 1024 else 'long'}",
         WIDTH=width,
-        PART=min(width, 32) if q.dtype == torch.float32 else min(width, 128),
+        PART=min(width, 64) if q.dtype == torch.float32 else min(width, 128),
         PADDED=width != d,
     )
     return out
 
 
-def _kernel(dtype: torch.dtype, width: int, device: torch.device) -> Tiled:
+def _kernel(dtype: torch.dtype, width: int) -> Tiled:
     if dtype == torch.float32:
         return FLOAT32
-    if width > 128:
-        return WIDE
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
-        return HOPPER
-    return PLAIN
+    return NARROW if width <= 128 else WIDE
 
 
 KERNELS = {"attention": Kernel(flash)}
