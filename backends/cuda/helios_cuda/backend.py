@@ -15,6 +15,7 @@ from helios.lower import compile_kernels
 from helios.passes import Plan
 from helios.program import Program
 from helios_cuda import failures, gemm, interpreter, probe, record
+from helios_cuda.attention import Chooser, forms
 from helios_cuda.graphs import CudaRecorder, Recorder
 from helios_cuda.later import Later
 from helios_cuda.program import CudaProgram
@@ -81,10 +82,18 @@ class CudaBackend(Backend):
     @functools.cached_property
     def kernels(self) -> Mapping[str, Kernel]:  # type: ignore[override]
         core = (name for name in op.names() if op.get(name).kind != "fused")
-        return Later([*core, *self.fusions], _kernels)
+        return Later([*core, *self.fusions], lambda: {**_kernels(), "attention": Kernel(self.attention.run)})
+
+    @functools.cached_property
+    def attention(self) -> Chooser:
+        """Which library runs attention. Before a program is compiled it can be told: ``backend.attention.use(...)``."""
+        return Chooser(self.device)
 
     def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
-        return compile_kernels(plan, self, fallback=fallback, program=CudaProgram)
+        program = compile_kernels(plan, self, fallback=fallback, program=CudaProgram)
+        with failures.explained("the choice of attention", self.label, self.memory):
+            self.attention.settle(forms(plan))
+        return program
 
     def synchronize(self) -> None:
         if not self._interpreted:

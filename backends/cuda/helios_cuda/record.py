@@ -20,7 +20,8 @@ def execution_plan(backend: CudaBackend) -> dict[str, Any]:
     """As JSON values.
 
     Keys: ``device`` and ``capability``; ``cuda`` that torch is built with, ``cudnn``, ``cublas`` and ``triton``, each a
-    version or None where it cannot be told; ``graphs``, true or why not; ``memory``, full or low.
+    version or None where it cannot be told; ``graphs``, true or why not; ``memory``, full or low; ``attention``, the
+    library of each form so far, which ``backend.attention.use`` takes back.
     """
     on_gpu = backend.device.type == "cuda"
     capability = ".".join(map(str, torch.cuda.get_device_capability(backend.device))) if on_gpu else None
@@ -33,6 +34,7 @@ def execution_plan(backend: CudaBackend) -> dict[str, Any]:
         "triton": _version("triton"),
         "graphs": backend.eager or True,
         "memory": "low" if backend.low else "full",
+        "attention": backend.attention.plan,
     }
 
 

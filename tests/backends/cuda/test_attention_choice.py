@@ -13,9 +13,10 @@ from torch import Tensor
 
 from helios.backend import select
 from helios.errors import BackendError, InputError
-from helios.graph import Builder, Rate
-from helios.lower import plan_for
+from helios.graph import Builder, Graph, Rate
+from helios.lower import lower, plan_for
 from helios.ops.attention import attention
+from helios_cuda import CudaBackend
 from helios_cuda.attention import MEASURE, Chooser, forms
 from helios_cuda.attention_libraries import TRITON, Device, Form, Library, Run
 
@@ -276,12 +277,31 @@ def test_operands_on_meta_go_to_triton() -> None:
     assert ([launch.kernel.name for launch in launches], bench.calls) == (["attention"], [])
 
 
-def test_the_forms_of_a_plan_are_its_different_attentions() -> None:
+def step() -> Graph:
     builder = Builder("step")
     with builder:
         q = builder.input("q", (1, 24, 2, 8), torch.bfloat16, Rate.STEP)
         text = builder.input("text", (1, 16, 2, 8), torch.bfloat16, Rate.PROMPT)
         x = attention(attention(q, q, q), text, text)
         builder.output("y", attention(x, text, text))
-    plan = plan_for({"step": builder.graph()}, select("reference"))
+    return builder.graph()
+
+
+def test_the_forms_of_a_plan_are_its_different_attentions() -> None:
+    plan = plan_for({"step": step()}, select("reference"))
     assert forms(plan) == [Form(1, 24, 24, 2, 8, torch.bfloat16), SMALL]
+
+
+def test_a_backend_settles_when_it_compiles_and_says_what_it_took() -> None:
+    backend = CudaBackend("interpret")
+    bench = Bench(a=1.0, triton=2.0)
+    backend.attention = bench.chooser()
+    program = lower({"step": step()}, backend)
+    chosen = backend.execution_plan()["attention"]
+    assert [entry["library"] for entry in chosen.values()] == ["a", "a"]
+    bench.calls.clear()
+    program.load({})  # type: ignore[arg-type]
+    q, _, _ = operands(SMALL)
+    text = program.bind({"text": operands(SMALL)[1]})
+    program.run("step", {"q": q}, text)
+    assert bench.calls == ["a"] * 3

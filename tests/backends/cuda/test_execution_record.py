@@ -26,6 +26,7 @@ def test_a_gpu_and_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         "triton": "3.6.0",
         "graphs": True,
         "memory": "full",
+        "attention": {},
     }
     assert CudaBackend().execution_plan() == wanted
     changed = CudaBackend(graphs=False, memory="low").execution_plan()
