@@ -106,10 +106,11 @@ class Chooser:
         return copy.deepcopy(self._plan)
 
     def use(self, chosen: str | Mapping[str, Mapping[str, Any]]) -> None:
-        """Take a library for all forms, or what a plan has; forget what was chosen before.
+        """Take a library for all forms, or what a plan has for its own.
 
         Args:
-            chosen: a library's name; ``measure``; or a ``plan``. Forms that a plan has not are measured.
+            chosen: a library's name, or ``measure``: what was chosen before is forgotten, and programs that were
+                compiled before should be compiled anew. Or a ``plan``: of forms that it has not nothing is forgotten.
 
         Raises:
             InputError: no library has that name.
@@ -122,8 +123,8 @@ class Chooser:
             return
         for key, entry in chosen.items():
             self._require(key, entry)
-        self._name, self._settled = MEASURE, {}
-        self._plan = {key: copy.deepcopy(dict(entry)) for key, entry in chosen.items()}
+        self._plan |= {key: copy.deepcopy(dict(entry)) for key, entry in chosen.items()}
+        self._settled = {}
 
     def settle(self, wanted: Iterable[Form]) -> None:
         """Choose a library for each form that has none, with random numbers of its size.

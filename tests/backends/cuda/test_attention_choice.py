@@ -165,6 +165,20 @@ def test_a_plan_goes_through_json_and_gives_the_same_choice_unmeasured() -> None
     assert again.plan[str(OTHER)]["library"] == "triton"
 
 
+def test_a_plan_changes_its_own_forms_alone() -> None:
+    first = Bench(a=1.0, triton=2.0).chooser()
+    first.settle([SMALL])
+    bench = Bench(a=9.0, triton=2.0)
+    chooser = bench.chooser()
+    chooser.settle([SMALL, OTHER])
+    bench.calls.clear()
+    chooser.use(first.plan)
+    for form in (SMALL, OTHER):
+        chooser.run(*operands(form))
+    assert bench.calls == ["a", "triton"]
+    assert chooser.plan[str(OTHER)]["ms"] == {"a": 9.0, "triton": 2.0}
+
+
 def test_a_plan_is_a_copy() -> None:
     chooser = Bench(a=1.0, triton=2.0).chooser()
     chooser.settle([SMALL])
