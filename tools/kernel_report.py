@@ -14,6 +14,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from helios import op
+from helios.backend import Kernel
 from helios.errors import HeliosError
 from helios.fit.costs import LATENT_FRAMES, Setting
 from helios.graph import Graph
@@ -43,11 +46,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass
 class Use:
-    """A form on one architecture, with the tile that would be chosen there and how often the plan launches it."""
+    """A launch on one architecture with the tile that is chosen there, and how often the plan has it."""
 
+    launch: Launch
     form: Form
-    tile: Tile
-    launches: int = 0
+    count: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,6 @@ class Row:
 
     architecture: str
     form: Form
-    tile: Tile
     chosen: bool
     launches: int
     binary: Binary
@@ -88,17 +90,29 @@ def uses(graphs: Iterable[Graph], architecture: str) -> list[Use]:
 
     def enter(launch: Launch, count: int) -> None:
         form = offline.form_of(launch)
-        found.setdefault(form.name, Use(form, launch.tile)).launches += count
+        found.setdefault(form.name, Use(launch, form)).count += count
 
     kernels = CudaBackend().kernels
+    others = {"conv3d": Kernel(_boxes, kernels["conv3d"].prepare, kernels["conv3d"].weights)}
+    if ARCHITECTURES[architecture].capability < 90:
+        others = {}
     with tables.assumed(architecture):
         for graph in graphs:
-            for ran in offline.replay(graph, kernels):
+            for ran in offline.replay(graph, kernels, others):
                 for launch in ran.launches:
                     enter(launch, 1)
         for launch in _of_samples():
             enter(launch, 0)
     return list(found.values())
+
+
+def _boxes(w: Any, x: Tensor, *, stride: tuple[int, int, int], padding: tuple[int, int, int]) -> None:
+    """The other of our convolutions, where it can run."""
+    from helios_cuda.kernels import conv_boxes
+    from helios_cuda.kernels.layouts import channels_last
+
+    if not conv_boxes.fits(channels_last(x), w.weight, stride):
+        conv_boxes.conv3d(x, w.weight, w.bias, padding)
 
 
 def _of_samples() -> Iterator[Launch]:
@@ -120,10 +134,10 @@ class Compiler:
         self.known: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.fresh = 0
 
-    def __call__(self, form: Form, tile: Tile, architecture: str) -> Binary:
-        key = f"{self.version} {architecture} {form.name} {_tile(tile)}"
+    def __call__(self, form: Form, architecture: str) -> Binary:
+        key = f"{self.version} {architecture} {form.name}"
         if key not in self.known:
-            self.known[key] = dataclasses.asdict(offline.compiled(form, tile, architecture))
+            self.known[key] = dataclasses.asdict(offline.compiled(form, architecture))
             self.fresh += 1
             if self.fresh % 20 == 0:
                 self.save()
@@ -147,21 +161,23 @@ def _tile(tile: Tile) -> str:
 def rows(found: list[Use], architecture: str, compile_: Compiler, *, default_only: bool) -> Iterator[Row]:
     """Compile the chosen tile of every form, and every other that fits of the most used form of each kernel and key."""
     shown = set()
-    for use in sorted(found, key=lambda use: -use.launches):
-        tiles = [use.tile]
-        group = (use.form.kernel.name, use.form.key)
-        if not default_only and group not in shown:
-            tiles += [tile for tile in use.form.kernel.fitting(architecture) if tile != use.tile]
-        shown.add(group)
-        for tile in tiles:
-            binary, chosen = compile_(use.form, tile, architecture), tile == use.tile
-            wrong = tuple(offline.problems(use.form, tile, architecture, binary, chosen=chosen))
-            yield Row(architecture, use.form, tile, chosen, use.launches, binary, wrong)
+    for use in sorted(found, key=lambda use: -use.count):
+        kernel, forms = use.form.kernel, [use.form]
+        if not default_only and (kernel.name, use.form.key) not in shown:
+            others = [tile for tile in kernel.fitting(architecture) if tile != use.form.tile]
+            forms += [offline.form_of(use.launch.retiled(tile)) for tile in others]
+        shown.add((kernel.name, use.form.key))
+        for form in forms:
+            binary, chosen = compile_(form, architecture), form is use.form
+            wrong = tuple(offline.problems(form, architecture, binary, chosen=chosen))
+            yield Row(architecture, form, chosen, use.count, binary, wrong)
 
 
 def main() -> int:
     """Compile, report progress, write, and say what is wrong."""
     args = _arguments()
+    # A cache of its own, so that the seconds are those of compiling.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(args.out.resolve() / "triton"))
     compile_, graphs, made = Compiler(args.out), list(plan_graphs().values()), []
     for architecture in args.architectures:
         started, before = time.perf_counter(), compile_.fresh
@@ -187,7 +203,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _what(row: Row) -> str:
-    return f"{row.form.kernel.name} [{row.form.key}] {_tile(row.tile)}"
+    return f"{row.form.kernel.name} [{row.form.key}] {_tile(row.form.tile)}"
 
 
 def _write(made: list[Row], version: str) -> None:
@@ -209,7 +225,7 @@ def _record(row: Row) -> dict[str, Any]:
         "arch": row.architecture,
         "kernel": row.form.kernel.name,
         "key": row.form.key,
-        "tile": _tile(row.tile),
+        "tile": _tile(row.form.tile),
         "chosen": row.chosen,
         "launches": row.launches,
         "registers": binary.registers,
@@ -217,7 +233,7 @@ def _record(row: Row) -> dict[str, Any]:
         "shared": binary.shared,
         "occupancy": round(binary.occupancy, 3),
         "access": {name: " ".join(f"{n}×{w}" for w, n in widths.items()) for name, widths in binary.access.items()},
-        "products": binary.products,
+        "units": binary.units,
         "seconds": round(binary.seconds, 1),
         "wrong": row.wrong,
     }
@@ -273,15 +289,16 @@ def _cell(found: list[Row]) -> str:
 
 
 def _details(made: list[Row]) -> Iterator[str]:
-    yield "| kernel, key | tile | launches a chunk | registers | shared | room | bytes of accesses | tensor cores | s |"
+    yield "| kernel, key | tile | launches | registers | shared | room | bytes of accesses | tensor cores, copies | s |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row in sorted((r for r in made if r.architecture == "sm_90" and r.chosen), key=_what):
         binary = row.binary
         widths = (f"{name} {'/'.join(map(str, sorted(found)))}" for name, found in binary.access.items())
-        products = ", ".join(f"{n} {kind}" for kind, n in binary.products.items())
+        units = ", ".join(f"{n} {kind}" for kind, n in binary.units.items())
         yield (
-            f"| {row.form.kernel.name}, {row.form.key} | {_tile(row.tile)} | {row.launches or ''} | {binary.registers}"
-            f" | {binary.shared} | {binary.occupancy:.0%} | {', '.join(widths)} | {products} | {binary.seconds:.1f} |"
+            f"| {row.form.kernel.name}, {row.form.key} | {_tile(row.form.tile)} | {row.launches or ''}"
+            f" | {binary.registers} | {binary.shared} | {binary.occupancy:.0%} | {', '.join(widths)}"
+            f" | {units} | {binary.seconds:.1f} |"
         )
 
 

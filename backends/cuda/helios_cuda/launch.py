@@ -38,6 +38,7 @@ class Launch:
         tile: what was chosen.
         grid: programs along each axis.
         key: what the tables have it by.
+        given: the arguments before any was made of the tile's sizes.
     """
 
     kernel: Tiled
@@ -46,6 +47,13 @@ class Launch:
     tile: Tile
     grid: tuple[int, ...]
     key: str = ""
+    given: tuple[Any, ...] = ()
+
+    def retiled(self, tile: Tile) -> Launch:
+        """The same with another tile, for the compiler: the grid is left as it was."""
+        constants = {**self.constants, **tile.sizes}
+        arguments = _made(self.given, constants)
+        return dataclasses.replace(self, arguments=arguments, constants=constants, tile=tile)
 
 
 _recorder: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("recorder", default=None)
@@ -73,6 +81,11 @@ def forced(tile: Tile) -> Iterator[None]:
         _forced.reset(token)
 
 
+def _made(arguments: tuple[Any, ...], sizes: Mapping[str, int]) -> tuple[Any, ...]:
+    """Each function among the arguments makes one of the tile's sizes."""
+    return tuple(x(sizes) if callable(x) else x for x in arguments)
+
+
 class Tiled:
     """A Triton function and the tiles it may run with; see ``tiled``."""
 
@@ -96,7 +109,7 @@ class Tiled:
 
         Args:
             grid: programs along each axis, from the tile's sizes.
-            arguments: of the Triton function, in order.
+            arguments: of the Triton function, in order; a function makes one of the tile's sizes.
             key: what the choice of a tile depends on, such as ``bf16 d=5120``; the tables have it by this name.
             constants: compile-time constants beside the tile's sizes.
         """
@@ -104,9 +117,10 @@ class Tiled:
         tile = _forced.get() or self.chosen(key, first.device)
         values = {**constants, **tile.sizes}
         size = grid(values)
+        given, arguments = arguments, _made(arguments, values)
         noted = _recorder.get()
         if noted is not None:
-            noted.append(Launch(self, arguments, values, tile, size, key))
+            noted.append(Launch(self, arguments, values, tile, size, key, given))
         elif all(size):  # a launch of no programs is an error to CUDA, and means nothing to do
             with as_a_gpu_would():
                 self.function[size](*arguments, **values, num_warps=tile.warps, num_stages=tile.stages)

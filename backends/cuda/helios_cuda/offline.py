@@ -25,10 +25,10 @@ from helios import op
 from helios.backend import Kernel
 from helios.errors import BackendError
 from helios.graph import Graph, Node, Operand, Value
-from helios_cuda.architectures import ARCHITECTURES
+from helios_cuda.architectures import ARCHITECTURES, LEAST_SHARED
 from helios_cuda.interpreter import interpreting
 from helios_cuda.launch import Launch, Tile, Tiled, recording
-from helios_cuda.ptx import accesses, products
+from helios_cuda.ptx import accesses, units
 
 __all__ = ["Binary", "Form", "Ran", "compiled", "form_of", "of_sample", "problems", "replay"]
 
@@ -51,18 +51,20 @@ LARGE = 8 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A launch as the compiler sees it, all but its tile.
+    """A launch as the compiler sees it.
 
     Args:
         kernel: the Triton function with its tiles.
+        tile: of the launch.
         key: of the tables.
         signature: type by argument, in order.
-        constants: by argument, the tile's sizes left out.
+        constants: by argument, the tile's sizes among them.
         divisible: arguments that are multiples of 16.
         even: large operands that can be accessed by 16 bytes each: dense rows of a multiple, that begin at multiples.
     """
 
     kernel: Tiled
+    tile: Tile
     key: str
     signature: Mapping[str, str]
     constants: Mapping[str, Any]
@@ -71,8 +73,9 @@ class Form:
 
     @property
     def name(self) -> str:
-        """The same for forms that make the same binary with the same tile."""
-        parts = (self.kernel.name, self.kernel.function.cache_key, *self.signature.items(), *self.divisible)
+        """The same for forms that make the same binary."""
+        tile = (self.tile.warps, self.tile.stages)
+        parts = (self.kernel.name, self.kernel.function.cache_key, *self.signature.items(), *self.divisible, *tile)
         constants = sorted((name, str(value)) for name, value in self.constants.items())
         return hashlib.sha256(repr((parts, constants)).encode()).hexdigest()[:16]
 
@@ -80,7 +83,7 @@ class Form:
 def form_of(launch: Launch) -> Form:
     """What Triton would specialise a recorded launch on."""
     function = launch.kernel.function
-    constants = {name: value for name, value in launch.constants.items() if name not in launch.tile.sizes}
+    constants = dict(launch.constants)
     given = iter(launch.arguments)
     signature: dict[str, str] = {}
     divisible, even = [], []
@@ -94,13 +97,15 @@ def form_of(launch: Launch) -> Form:
             divisible.append(name)
         if isinstance(value, Tensor) and _is_even(value):
             even.append(name)
-    return Form(launch.kernel, launch.key, signature, constants, tuple(divisible), tuple(even))
+    return Form(launch.kernel, launch.tile, launch.key, signature, constants, tuple(divisible), tuple(even))
 
 
 def _type(value: Any) -> str:
     """As Triton's launcher: nothing and 1 are constants, whole numbers take 32 bits where those are enough."""
     if isinstance(value, Tensor):
         return f"*{TYPES[value.dtype]}"
+    if hasattr(value, "block_shape"):  # what the copy engine fetches boxes by
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, bool):
         return "u1"
     if isinstance(value, float):
@@ -138,7 +143,7 @@ class Binary:
         shared: bytes of a block.
         occupancy: part of the multiprocessor's room for warps.
         access: bytes of each access to global memory, by operand: how many such instructions there are by width.
-        products: how many instructions of the tensor cores, by kind.
+        units: how many instructions of the tensor cores and of the copy engine, by kind.
         seconds: to compile; next to nothing if Triton had it.
     """
 
@@ -147,11 +152,11 @@ class Binary:
     shared: int
     occupancy: float
     access: Mapping[str, Mapping[int, int]]
-    products: Mapping[str, int]
+    units: Mapping[str, int]
     seconds: float
 
 
-def compiled(form: Form, tile: Tile, architecture: str) -> Binary:
+def compiled(form: Form, architecture: str) -> Binary:
     """Compile one form.
 
     Args:
@@ -169,10 +174,9 @@ def compiled(form: Form, tile: Tile, architecture: str) -> Binary:
     limits = ARCHITECTURES[architecture]
     function = form.kernel.function
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", ALIGNED]] for name in form.divisible}
-    constants = {**form.constants, **tile.sizes}
-    source = ASTSource(fn=function, signature=dict(form.signature), constexprs=constants, attrs=attributes)
+    source = ASTSource(fn=function, signature=dict(form.signature), constexprs=dict(form.constants), attrs=attributes)
     started = time.perf_counter()
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": form.tile.warps, "num_stages": form.tile.stages}
     binary = triton.compile(source, target=GPUTarget("cuda", limits.capability, 32), options=options)
     seconds = time.perf_counter() - started
     registers, spilled = _resources(binary.asm["cubin"])
@@ -181,11 +185,22 @@ def compiled(form: Form, tile: Tile, architecture: str) -> Binary:
         registers=registers,
         spilled=spilled,
         shared=shared,
-        occupancy=limits.occupancy(tile.warps, registers, shared),
-        access=accesses(ptx, [name for name, kind in form.signature.items() if kind != "constexpr"]),
-        products=products(ptx),
+        occupancy=limits.occupancy(form.tile.warps, registers, shared),
+        access=accesses(ptx, list(_parameters(form.signature, engine=bool(binary.metadata.tensordesc_meta)))),
+        units=units(ptx),
         seconds=seconds,
     )
+
+
+def _parameters(signature: Mapping[str, str], *, engine: bool) -> Iterator[str]:
+    """Names of a binary's parameters: a descriptor is followed by its sizes and strides, and without a copy engine
+    they are there twice, with two switches."""
+    for name, kind in signature.items():
+        if kind != "constexpr":
+            yield name
+        if kind.startswith("tensordesc"):
+            rank = kind.count(",") + 1
+            yield from [""] * (2 * rank if engine else 4 * rank + 2)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -204,16 +219,16 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def problems(form: Form, tile: Tile, architecture: str, binary: Binary, *, chosen: bool) -> Iterator[str]:
+def problems(form: Form, architecture: str, binary: Binary, *, chosen: bool) -> Iterator[str]:
     """What is wrong with a binary, a line each.
 
     Args:
-        chosen: whether this tile runs there unasked. Of another one only what it takes is judged.
+        chosen: whether its tile runs there unasked. Of another one only the shared memory is judged.
     """
     room = ARCHITECTURES[architecture].block_shared
     if binary.shared > room:
         yield f"{binary.shared} bytes of shared memory, {architecture} has {room}: needs Tile(shared={_kib(binary)})"
-    elif binary.shared > max(tile.shared << 10, min(a.block_shared for a in ARCHITECTURES.values())):
+    elif binary.shared > max(form.tile.shared << 10, LEAST_SHARED):
         yield f"{binary.shared} bytes of shared memory are not declared: needs Tile(shared={_kib(binary)})"
     if not chosen:
         return
@@ -257,16 +272,25 @@ def of_sample(name: str, kernel: Kernel, sample: op.Sample, dtype: torch.dtype) 
     return launches
 
 
-def replay(graph: Graph, kernels: Mapping[str, Kernel]) -> Iterator[Ran]:
-    """Run a graph on ``meta`` tensors, node by node, in the layouts that the kernels leave their results in."""
+def replay(graph: Graph, kernels: Mapping[str, Kernel], others: Mapping[str, Kernel] | None = None) -> Iterator[Ran]:
+    """Run a graph on ``meta`` tensors, node by node, in the layouts that the kernels leave their results in.
+
+    Args:
+        graph: of ops that have a kernel.
+        kernels: by op.
+        others: by op, another way to run it: what that launches is noted, too.
+    """
     env: dict[str, Tensor] = {v.name: _meta(v) for v in graph.inputs}
     last = {v.name: node for node in graph.nodes for v in node.values}
+    others = others or {}
     for node in graph.nodes:
         names = [operand.name for operand in op.get(node.op).operands]
         operands = [_fetch(x, env) for x in node.inputs]
         with recording() as launches, torch.no_grad():
             if node.inputs:
                 result = _run(kernels[node.op], names, operands, node.attributes)
+                if node.op in others:
+                    _run(others[node.op], names, operands, node.attributes)
             else:  # a constant, made once
                 result = tuple(_meta(v) for v in node.outputs)
         results = result if isinstance(result, tuple) else (result,)

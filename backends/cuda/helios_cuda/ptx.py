@@ -7,14 +7,14 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 
-__all__ = ["accesses", "products"]
+__all__ = ["accesses", "units"]
 
 _ACCESS = re.compile(r"\b(?:ld|st)\.global[\w.:]*?(?:\.(v[248]))?\.[bufs](\d+)\s[^[]*\[\s*(%\w+)")
 _SHARED_COPY = r"\bcp\.async\.c[ag]\.shared\.global[\w.:]*\s*\[[^\]]*\]"
 _COPY = re.compile(_SHARED_COPY + r",\s*\[\s*(%\w+)[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
 _PARAM = re.compile(r"ld\.param\.\w+\s+(%\w+),\s*\[\w*?_param_(\d+)\]")
 _MADE = re.compile(r"^\s*(?:@!?%\w+\s+)?[a-z][\w.:]*\s+(%rd\d+)\s*,\s*(.*);")
-_PRODUCT = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
+_UNIT = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|cp\.async\.bulk\.tensor)")
 
 
 def accesses(ptx: str, arguments: Sequence[str]) -> dict[str, dict[int, int]]:
@@ -65,6 +65,6 @@ def _sources(ptx: str) -> functools._lru_cache_wrapper[frozenset[int]]:
     return sources
 
 
-def products(ptx: str) -> Mapping[str, int]:
-    """Instructions of the tensor cores, by kind."""
-    return dict(collections.Counter(_PRODUCT.findall(ptx)))
+def units(ptx: str) -> Mapping[str, int]:
+    """Instructions of the tensor cores and of the copy engine, by kind."""
+    return dict(collections.Counter(_UNIT.findall(ptx)))
