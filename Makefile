@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-slow mutants lint format example bench clean
+.PHONY: help setup demo test test-slow mutants kernels lint format example bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -43,6 +43,9 @@ test-slow: setup ## the tests that take minutes each
 
 mutants: setup ## the conformance suite against wrong backends: each must be caught
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tools/mutants.py --out docs/mutants.md
+
+kernels: setup ## compile the CUDA kernels for every architecture, without a GPU, and write docs/kernels.md
+	$(BIN)/python tools/kernel_report.py --write
 
 lint: setup ## ruff, mypy --strict, the floors, the sizes
 	$(BIN)/ruff check .
