@@ -67,12 +67,15 @@ class CudaProgram(KernelProgram):
             return super().profile(entry, inputs, context)
 
     def move(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Through pinned memory: from any other, the host would wait for the device."""
+        """Through pinned memory: from any other, the host would wait for the device.
+
+        From pinned memory of the caller's own it does wait, since nobody tells him when he may write to it again.
+        """
         if tensor.device.type != "cpu":
             return super().move(tensor, dtype)
         if self._staging is not None:
             return self._staging.upload(tensor, dtype)
-        if self.backend.device.type == "cpu":
+        if self.backend.device.type == "cpu" or tensor.is_pinned():
             return super().move(tensor, dtype)
         return tensor.to(dtype).pin_memory().to(self.backend.device, non_blocking=True)
 
