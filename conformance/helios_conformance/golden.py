@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Generator, Hashable, Mapping
+from collections.abc import Generator, Hashable, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -22,11 +22,22 @@ from torch import Tensor
 from helios import op
 from helios.backend import PRECISIONS
 from helios.errors import InputError
-from helios.graph import Graph, Operand, Rate, Value
+from helios.graph import Graph, Node, Operand, Rate, Value
 from helios.program import WeightReader
 from helios_conformance.draws import Root
 
-__all__ = ["Call", "Calls", "Golden", "InPrecision", "Interpreter", "Scene", "calls_of", "golden", "reference"]
+__all__ = [
+    "Call",
+    "Calls",
+    "Golden",
+    "InPrecision",
+    "Interpreter",
+    "Scene",
+    "calls_of",
+    "golden",
+    "reference",
+    "rounded",
+]
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 
@@ -130,18 +141,35 @@ class Interpreter:
             return None if operand is None else [fetch(v) for v in operand]
 
         for node in graph.nodes:
-            result = op.get(node.op).fn(*(fetch(x) for x in node.inputs), **node.attributes)
-            results = result if isinstance(result, tuple) else (result,)
-            env.update((v.name, t) for v, t in zip(node.outputs, results, strict=True))
+            env.update(zip((v.name for v in node.outputs), self._compute(node, map(fetch, node.inputs)), strict=True))
             left.subtract(v.name for v in node.values)
             for value in (*node.values, *node.outputs):
                 if not left[value.name]:
                     env.pop(value.name, None)
 
+    def _compute(self, node: Node, operands: Iterable[Any]) -> Iterable[Tensor]:
+        """The outputs of one node."""
+        result = op.get(node.op).fn(*operands, **node.attributes)
+        return result if isinstance(result, tuple) else (result,)
+
     def _weight(self, value: Value) -> Tensor:
         if value.name not in self._held:
             self._held[value.name] = self._source.read(value.name)
         return _placed(self._held[value.name], value)
+
+
+class RoundingInterpreter(Interpreter):
+    """As its base, every node in float64 and its outputs rounded once to what the graph declares."""
+
+    def _compute(self, node: Node, operands: Iterable[Any]) -> Iterable[Tensor]:
+        results = super()._compute(node, map(_widened, operands))
+        return [x.to(v.type.dtype) for x, v in zip(results, node.outputs, strict=True)]
+
+
+def _widened(operand: Any) -> Any:
+    if isinstance(operand, list):
+        return [_widened(x) for x in operand]
+    return operand.double() if isinstance(operand, Tensor) and operand.is_floating_point() else operand
 
 
 def _placed(tensor: Tensor, value: Value) -> Tensor:
@@ -179,7 +207,18 @@ def calls_of(scene: Scene, root: Root, dtype: torch.dtype) -> tuple[Call, ...]:
 
 def reference(scene: Scene, root: Root, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the op bodies give in the working dtype, by ``call.output``: as ``ReferenceBackend`` does."""
-    interpreter = Interpreter(scene.graphs(dtype), scene.weights(dtype))
+    return _outputs(Interpreter(scene.graphs(dtype), scene.weights(dtype)), scene, root, dtype)
+
+
+def rounded(scene: Scene, root: Root, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What exact operations give whose results are rounded to the working dtype, by ``call.output``.
+
+    The same on every host, but for the order of sums in float64: no arithmetic of the working dtype is in it.
+    """
+    return _outputs(RoundingInterpreter(scene.graphs(dtype), scene.weights(dtype)), scene, root, dtype)
+
+
+def _outputs(interpreter: Interpreter, scene: Scene, root: Root, dtype: torch.dtype) -> dict[str, Tensor]:
     return {
         f"{call.name}.{name}": tensor
         for call in calls_of(scene, root, dtype)

@@ -164,3 +164,31 @@ def test_the_selection_follows_the_nonce() -> None:
     case, tensor = "block[fp32,tiny,first_batch2]", torch.arange(60000.0).reshape(600, 100)
     one, other = (selection.keep(Root(1, nonce), case, "x", tensor, share=4).values for nonce in ("a", "b"))
     assert one.shape != other.shape or not torch.equal(one, other)
+
+
+ILL = Root(0, "cccccccc03")
+"""A draw on which a right backend's worst element is beyond the bound that the committed reference gives: one token of
+`block[bf16,tiny,odd]` answers rounding twice as strongly as any in the draws of that reference."""
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_what_the_draw_makes_of_rounding_is_no_fault_of_the_backend(bench: Any, name: str) -> None:
+    bench = dataclasses.replace(bench, root=ILL)
+    verdict = bench.run("block[bf16,tiny,odd]", select(name))[1]
+    (judged,) = verdict.judged.values()
+    assert verdict.state == "pass", verdict.reason
+    assert 2 * judged.reference.worst < judged.errors.worst < judged.bounds.worst
+
+
+def test_what_is_wrong_is_wrong_on_such_a_draw_too(bench: Any) -> None:
+    bench = dataclasses.replace(bench, root=ILL)
+    for name, kernel in (("gated_add", gate_forgotten), ("linear", bias_dropped)):
+        assert bench.run("block[bf16,tiny,odd]", bench.wrong(name, kernel))[1].state == "fail", name
+
+
+def test_nothing_is_computed_again_where_no_bound_is_passed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: Any) -> Any:
+        raise AssertionError("the scene was computed once more")
+
+    monkeypatch.setattr("helios_conformance.graph_runs.rounded", never)
+    assert bench.run("block[bf16,tiny,odd]", select("cpu"))[1].state == "pass"

@@ -12,10 +12,11 @@ from helios.errors import InputError
 from helios.graph import Rate
 from helios.lower import lower
 from helios.program import EMPTY
+from helios_conformance.budget import measure
 from helios_conformance.checks.blocks import blocks, samplers, vaes
 from helios_conformance.checks.model import trajectories
 from helios_conformance.draws import Root
-from helios_conformance.golden import Call, Interpreter, Scene, calls_of, golden, reference
+from helios_conformance.golden import Call, Interpreter, Scene, calls_of, golden, reference, rounded
 from helios_conformance.graph_runs import longest_sum
 from helios_conformance.scenes.vae import VaeBlocks, VaeVideo, blocks_of
 
@@ -29,6 +30,21 @@ SCENES: dict[str, Scene] = {
     "vae_blocks": vaes()["encode_blocks_next"],
     "sampler": samplers()["unipc_pyramid"],
 }
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_exact_operations_that_are_rounded_err_as_the_working_dtype_does(name: str) -> None:
+    scene = SCENES[name]
+    dtype = scene.dtype("bf16")
+    oracle, came = golden(scene, ROOT, dtype).outputs, rounded(scene, ROOT, dtype)
+    theirs = reference(scene, ROOT, dtype)
+    assert came.keys() == oracle.keys()
+    for key, tensor in came.items():
+        assert tensor.dtype == theirs[key].dtype
+        ours, known = (measure(x, oracle[key]).norm for x in (tensor, theirs[key]))
+        # Exact operations err less, never much more: what is left is the rounding that the graph declares.
+        assert ours <= 1.3 * known + 1e-12, key
+        assert ours > 0.0 or known < 1e-7
 
 
 def by_backend(scene: Scene, dtype: torch.dtype) -> dict[str, torch.Tensor]:
