@@ -60,6 +60,25 @@ def test_scales(scale: float) -> None:
     require_close(flash(q, k, v, scale=scale), right(q, k, v, scale))
 
 
+def test_a_negative_scale_turns_the_order_of_large_scores() -> None:
+    q, k, v = operands(1, 4, 70, 1, 16, F32)
+    torch.testing.assert_close(flash(q, k, v, scale=-30.0).double(), right(q, k, v, -30.0), atol=1e-3, rtol=1e-3)
+
+
+def test_keys_that_are_not_there_do_not_outweigh_scores_far_below_zero() -> None:
+    q, k, v = operands(1, 4, 130, 1, 16, F32)
+    q[0, :, 0, 0], k[0, :, 0, 0] = 32.0, -32.0
+    torch.testing.assert_close(flash(q, k, v, scale=1.0).double(), right(q, k, v, 1.0), atol=1e-3, rtol=1e-3)
+
+
+def test_nothing_beyond_a_head_is_read_into_it() -> None:
+    wide = [drawn(1, n, 1, 16, seed=n) for n in (5, 200, 200)]
+    for x in wide:
+        x[..., 12:] = float("nan")
+    q, k, v = (x[..., :12] for x in wide)
+    require_close(flash(q, k, v), right(q, k, v))
+
+
 def test_thirds_of_a_fused_buffer_and_heads_before_tokens() -> None:
     fused = drawn(2, 9, 3, 2, 16, dtype=BF16)
     q, k, v = fused.unbind(2)
