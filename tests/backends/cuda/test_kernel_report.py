@@ -58,7 +58,7 @@ def test_what_was_compiled_is_remembered_by_form_and_architecture(report: Module
 
 
 @pytest.mark.slow
-def test_every_candidate_on_every_architecture(tmp_path: Path) -> None:
+def test_every_candidate_on_every_architecture() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(ROOT / "tools" / "kernel_report.py"), "--out", str(ROOT / "out" / "kernels")]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
