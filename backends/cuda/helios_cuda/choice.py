@@ -1,8 +1,11 @@
-"""Choosing by measurement among several right ways to compute the same: once a shape, recorded, replayed.
+"""Choosing by measurement among several ways to compute the same: once a form, recorded, replayed.
 
-Ways differ in their last bits, so what was chosen is part of a run's plan: ``Choices.record`` is JSON, and ``replay``
-takes it back. Nothing is measured where there is no device, or while a CUDA graph is captured: then the first way that
-is there runs, and nothing is recorded.
+Ways differ in their last bits, so what was chosen is part of a run's plan: ``Choices.record`` is JSON values, and
+``replay`` takes them back. Nothing is measured inside a program: ``choose`` is called where the forms of a plan are
+known, and a form that nobody chose for takes the first way, and is recorded with it.
+
+A way may also be wrong: libraries have had shapes for which they gave other numbers. So each result is compared with
+that of the first way, which must be one that is ours to vouch for, before its time counts.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ import torch
 
 from helios.errors import BackendError
 
-__all__ = ["CHOICES", "Choices", "Clock", "Variant", "device_clock"]
+__all__ = ["Choices", "Clock", "Variant", "device_clock"]
 
 Clock = Callable[[Callable[[], object]], float]
 """Seconds that one call takes on the device."""
+RESUME = "install what the plan was made with and continue on the same kind of device, or start a new run"
+DRAW = 1.02
+"""Of two times within this factor the earlier in the list wins, so that noise does not decide."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,88 +39,125 @@ class Variant:
         run: computes.
         there: takes what ``run`` takes and says why it cannot run here on that; ``""`` where it can. Looks at shapes,
             dtypes and installed libraries, never at values.
+        version: of what it stands on; a plan made with another one is refused.
     """
 
     name: str
     run: Callable[..., Any]
     there: Callable[..., str] = lambda *_, **__: ""
+    version: Callable[[], str] = lambda: ""
 
 
 class Choices:
-    """What was chosen so far, by key. Each entry of ``record`` has the name of the ``variant``, the ``seconds`` of all
-    that were measured, and for each other the reason ``why_not``."""
+    """What was chosen so far among the same variants for many forms. Not for two threads at once.
 
-    def __init__(self) -> None:
+    Args:
+        variants: the first serves where nobody chose, so it must be there always, and right.
+
+    Attributes:
+        record: by form: ``variant`` and its ``version``, ``device``, ``seconds`` of all that were measured, and
+            ``why_not`` for each other.
+    """
+
+    def __init__(self, variants: Sequence[Variant]) -> None:
+        self.variants = {variant.name: variant for variant in variants}
+        self.first = variants[0].name
         self.record: dict[str, dict[str, Any]] = {}
 
-    def replay(self, record: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take what was chosen before; of other keys nothing is forgotten."""
-        self.record |= {key: dict(entry) for key, entry in record.items()}
-
-    def run(self, key: str, variants: Sequence[Variant], *args: Any, **attrs: Any) -> Any:
-        """Compute with the chosen way; choose first where nobody did.
+    def replay(self, record: Mapping[str, Mapping[str, Any]], device: str) -> None:
+        """Take what was chosen before; of other forms nothing is forgotten.
 
         Args:
-            key: all that may decide: op, shapes, dtype.
-            variants: the first serves where nothing can be measured, so it must be there always.
-            args, attrs: for ``Variant.run`` and ``Variant.there``; the first tensor among the args says which device.
-        """
-        by_name = {variant.name: variant for variant in variants}
-        name = self.chosen(key) or self._decide(key, variants, args, attrs)
-        if name not in by_name or (why := by_name[name].there(*args, **attrs)):
-            raise BackendError(
-                f"the plan has {name!r} for {key}: " + (why if name in by_name else f"known are {', '.join(by_name)}"),
-                fix="install what the plan was made with, or start a new run",
-            )
-        return by_name[name].run(*args, **attrs)
-
-    def chosen(self, key: str) -> str:
-        """The name of the variant for this key, or ``""``."""
-        entry = self.record.get(key)
-        return str(entry["variant"]) if entry else ""
-
-    def choose(
-        self, key: str, variants: Sequence[Variant], make_inputs: Callable[[], tuple[Any, ...]], clock: Clock
-    ) -> str:
-        """Measure all variants that are there, record, and give the name of the fastest.
-
-        Args:
-            make_inputs: operands like those to come, made once and shared by all variants.
-            clock: see ``Clock``.
+            record: as this object had it.
+            device: as ``choose`` would be told now.
 
         Raises:
-            BackendError: none of them could run.
+            BackendError: a variant of the record is not there in that version, or the device is another one.
+        """
+        for key, entry in record.items():
+            name = str(entry["variant"])
+            if name not in self.variants:
+                raise BackendError(f"the plan has {name!r} for {key}; known are {', '.join(self.variants)}", RESUME)
+            version = self.variants[name].version()
+            if entry["version"] != version:
+                raise BackendError(f"the plan has {name} {entry['version']} for {key}; here it is {version}", RESUME)
+            if entry["device"] not in ("", device):  # none was needed where nothing was measured
+                raise BackendError(f"the plan chose for {key} on {entry['device']}; this is {device}", RESUME)
+        self.record |= {key: dict(entry) for key, entry in record.items()}
+
+    def run(self, key: str, *args: Any, **attrs: Any) -> Any:
+        """Compute by what was chosen for the form ``key``; never measures.
+
+        Raises:
+            BackendError: that cannot run here.
+        """
+        entry = self.record.get(key)
+        if entry is None:
+            entry = self.record[key] = self._entry(self.first, "", {}, {})
+        variant = self.variants[entry["variant"]]
+        if why := variant.there(*args, **attrs):
+            raise BackendError(f"the plan has {variant.name} for {key}: {why}", RESUME)
+        return variant.run(*args, **attrs)
+
+    def choose(
+        self,
+        key: str,
+        make_inputs: Callable[[], tuple[Any, ...]],
+        clock: Clock,
+        alike: Callable[[Any, Any], str],
+        device: str = "",
+    ) -> str:
+        """Measure all variants that are there, record, and give the name of the fastest that is right.
+
+        Args:
+            key: all that may decide: shapes, dtype, attributes.
+            make_inputs: operands like those to come, made once and shared by all variants.
+            clock: see ``Clock``.
+            alike: takes a result and that of the first variant; says how they differ too much, or ``""``.
+            device: as plans name it.
+
+        Raises:
+            BackendError: the first variant cannot run.
         """
         inputs = make_inputs()
         seconds: dict[str, float] = {}
         why_not: dict[str, str] = {}
-        for variant in variants:
-            if why := variant.there(*inputs):
-                why_not[variant.name] = why
-                continue
+        wanted: Any = None
+        for name, variant in self.variants.items():
+            why = variant.there(*inputs)
             try:
-                seconds[variant.name] = clock(lambda run=variant.run: run(*inputs))  # type: ignore[misc]
+                if not why and name == self.first:
+                    wanted = variant.run(*inputs)
+                elif not why:
+                    why = alike(variant.run(*inputs), wanted)
+                if not why:
+                    seconds[name] = clock(functools.partial(variant.run, *inputs))
             except RuntimeError as error:  # out of memory, or a library that refuses the shape
-                why_not[variant.name] = str(error).strip().splitlines()[0][:200]
-        if not seconds:
-            reasons = "; ".join(f"{name}: {why}" for name, why in why_not.items())
-            raise BackendError(f"no way to compute {key} runs here: {reasons}")
-        best = min(seconds, key=lambda name: seconds[name])
-        self.record[key] = {"variant": best, "seconds": seconds, "why_not": why_not}
+                why = str(error).strip().splitlines()[0][:200]
+            if why and name == self.first:
+                raise BackendError(f"no way to compute {key} here: {name}: {why}")
+            if why:
+                why_not[name] = why
+        best = self.first
+        for name, taken in seconds.items():
+            best = name if taken * DRAW < seconds[best] else best
+        self.record[key] = self._entry(best, device, seconds, why_not)
         return best
 
-    def _decide(self, key: str, variants: Sequence[Variant], args: tuple[Any, ...], attrs: Mapping[str, Any]) -> str:
-        bound = [
-            Variant(v.name, functools.partial(v.run, **attrs), functools.partial(v.there, **attrs)) for v in variants
-        ]
-        possible = [v.name for v in bound if not v.there(*args)]
-        device = next(x.device for x in args if isinstance(x, torch.Tensor))
-        if len(possible) == 1 or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return possible[0]
-        return self.choose(key, bound, lambda: args, device_clock)
+    def _entry(
+        self, name: str, device: str, seconds: Mapping[str, float], why_not: Mapping[str, str]
+    ) -> dict[str, Any]:
+        version = self.variants[name].version()
+        return {
+            "variant": name,
+            "version": version,
+            "device": device,
+            "seconds": dict(seconds),
+            "why_not": dict(why_not),
+        }
 
 
-def device_clock(call: Callable[[], object], *, repeats: int = 5, budget: float = 0.5) -> float:
+def device_clock(call: Callable[[], object], *, repeats: int = 5, budget: float = 0.2) -> float:
     """The median of a few calls between CUDA events on the current stream, after one to warm up.
 
     Args:
@@ -132,7 +175,3 @@ def device_clock(call: Callable[[], object], *, repeats: int = 5, budget: float 
         stop.synchronize()
         taken.append(start.elapsed_time(stop) / 1e3)
     return statistics.median(taken)
-
-
-CHOICES = Choices()
-"""Of this process: a plan records and replays them."""

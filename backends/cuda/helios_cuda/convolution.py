@@ -16,24 +16,40 @@ their weights: a copy of x in each call, which is timed with it. In float32 the 
 TF32 is off. cuDNN's 3-D convolution may be missing in 16 bits (torch leaves it out for some versions of cuDNN, which
 were wrong on large inputs), and what then runs takes much memory; so another way lays the frames that a kernel sees
 side by side as channels and convolves in 2-D, where cuDNN is at its best: again one rounding, and ``kt`` copies of x.
+
+::
+
+    settle(forms(plan), device, described)    # at compile time: measures every form that is new
+    CHOICES.record                            # {"bf16 1x96x35x384x640 by …": {"variant": "triton_boxes", …}, …}
+    CHOICES.replay(record, described)         # the same bits again, or a BackendError that says what is different
+
+cuDNN chooses its algorithm by rules and not by a race, which might end otherwise next time, and then in other bits.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from helios.backend import Kernel
-from helios_cuda.choice import CHOICES, Variant
+from helios.graph import Node
+from helios.passes import Plan
+from helios_cuda.choice import Choices, Clock, Variant, device_clock
+from helios_cuda.kernels import conv_boxes
 from helios_cuda.kernels.conv import conv3d
 from helios_cuda.kernels.layouts import channels_last, rows, video
 from helios_cuda.launch import name_of
 
-__all__ = ["KERNELS", "VARIANTS", "Filter"]
+__all__ = ["CHOICES", "KERNELS", "VARIANTS", "Filter", "Form", "forms", "settle"]
 
 Triple = tuple[int, int, int]
 
@@ -52,10 +68,6 @@ class Filter:
         self.weight = video(rows(weight).contiguous())
         self.bias = None if bias is None else bias.contiguous()
         self._forms: dict[str, Tensor] = {}
-
-    def forget(self) -> None:
-        """Drop other forms: those that only a measurement needed."""
-        self._forms.clear()
 
     def extended(self, pad: Triple) -> Tensor:
         """The weight with ``ONES`` more channels in front of none: the bias where no padding reaches, else zero."""
@@ -80,8 +92,7 @@ class Filter:
 
 
 def _exact() -> AbstractContextManager[None]:
-    """cuDNN without TF32, and choosing its algorithm by rules and not by a race, which may end otherwise next time, and
-    then in other last bits."""
+    """cuDNN without TF32, and the same algorithm every time."""
     exact: AbstractContextManager[None] = torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
     )
@@ -169,29 +180,109 @@ def _point(x: Tensor, w: Filter, stride: Triple, padding: Triple) -> Tensor:
     return video(out.view(*wide.shape[:-1], out.shape[1]))
 
 
+def _boxes_there(x: Tensor, w: Filter, stride: Triple, _padding: Triple) -> str:
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
+        return "no device that copies boxes"
+    return conv_boxes.fits(channels_last(x), w.weight, stride)
+
+
+def _boxes(x: Tensor, w: Filter, _stride: Triple, padding: Triple) -> Tensor:
+    return conv_boxes.conv3d(x, w.weight, w.bias, padding)
+
+
+def _cudnn_version() -> str:
+    return f"cudnn {torch.backends.cudnn.version()}"
+
+
 VARIANTS = (
-    Variant("triton", _triton),
-    Variant("cudnn", _cudnn, _cudnn_there),
-    Variant("cudnn_frames", _frames, _frames_there),
-    Variant("cublas", _point, _point_there),
+    Variant("triton", _triton, version=lambda: f"triton {triton.__version__}"),
+    Variant("triton_boxes", _boxes, _boxes_there, lambda: f"triton {triton.__version__}"),
+    Variant("cudnn", _cudnn, _cudnn_there, _cudnn_version),
+    Variant("cudnn_frames", _frames, _frames_there, _cudnn_version),
+    Variant("cublas", _point, _point_there, lambda: f"torch {torch.__version__}"),
 )
+"""The first is ours, serves everywhere, and is what the others must agree with."""
+
+CHOICES = Choices(VARIANTS)
+"""Of this process: plans record and replay them."""
+
+BOUND = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float32: 2.0**-16}
+"""How far a frame of a library's result may be from ours, relative, in the Euclidean norm: four roundings and more."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Form:
+    """All that a choice depends on: shapes of x and weight, their dtype, whether there is a bias, the attributes."""
+
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    dtype: torch.dtype
+    bias: bool
+    stride: Triple
+    padding: Triple
+
+    @classmethod
+    def of(cls, node: Node) -> Form:
+        """That of a node ``conv3d``."""
+        x, weight = node.values[:2]
+        attrs: dict[str, Any] = node.attributes
+        return cls(x.shape, weight.shape, x.dtype, len(node.values) > 2, attrs["stride"], attrs["padding"])
+
+    def __str__(self) -> str:
+        numbers = ("x".join(map(str, row)) for row in (self.x, self.weight, self.stride, self.padding))
+        shape, weight, stride, padding = numbers
+        return f"{name_of(self.dtype)} {shape} by {weight}{' + bias' * self.bias} step {stride} pad {padding}"
+
+    def drawn(self, device: torch.device) -> tuple[Tensor, Filter, Triple, Triple]:
+        """Operands with random numbers; x has channels last."""
+        b, c, *size = self.x
+        x = video(torch.randn(b, *size, c, device=device, dtype=self.dtype))
+        scale = math.prod(self.weight[1:]) ** -0.5
+        weight = torch.randn(self.weight, device=device, dtype=self.dtype) * scale
+        bias = torch.randn(self.weight[0], device=device, dtype=self.dtype) if self.bias else None
+        return x, Filter(weight, bias), self.stride, self.padding
+
+
+def forms(plan: Plan) -> list[Form]:
+    """The different convolutions of a plan."""
+    nodes = (node for graph in plan.graphs.values() for node in graph.nodes if node.op == "conv3d")
+    return list(dict.fromkeys(map(Form.of, nodes)))
+
+
+def settle(wanted: Iterable[Form], device: torch.device, described: str, clock: Clock = device_clock) -> None:
+    """Measure each form that nobody chose for, on a device that is a GPU; on any other nothing is measured.
+
+    Args:
+        device: where it will run.
+        described: the device as plans name it.
+        clock: see ``Clock``.
+    """
+    if device.type != "cuda":
+        return
+    with torch.no_grad(), torch.cuda.device(device):
+        for form in wanted:
+            if str(form) not in CHOICES.record:
+                CHOICES.choose(str(form), functools.partial(form.drawn, device), clock, alike, described)
+        torch.cuda.empty_cache()  # a decode shares the memory with the transformer
+
+
+def alike(result: Tensor, wanted: Tensor) -> str:
+    """How two results differ by more than roundings: frame by frame, so that a wrong part does not hide."""
+    for i in range(wanted.shape[2]):
+        one, other = result[:, :, i].float(), wanted[:, :, i].float()
+        far = float((one - other).norm() / other.norm())
+        if not far <= BOUND[wanted.dtype]:
+            return f"frame {i} is wrong by {far:.2g} of its norm"
+    return ""
 
 
 def _prepare(_x: None, weight: Tensor, bias: Tensor | None, **_attrs: Any) -> Filter:
     return Filter(weight, bias)
 
 
-def _key(x: Tensor, w: Filter, stride: Triple, padding: Triple) -> str:
-    parts = ("x".join(map(str, numbers)) for numbers in (x.shape, w.weight.shape, stride, padding))
-    return f"conv3d {name_of(x.dtype)} " + " ".join(parts) + ("" if w.bias is None else " bias")
-
-
 def _run(w: Filter, x: Tensor, *, stride: Triple, padding: Triple) -> Tensor:
-    key = _key(x, w, stride, padding)
-    fresh = not CHOICES.chosen(key)
-    out: Tensor = CHOICES.run(key, VARIANTS, x, w, stride, padding)
-    if fresh:
-        w.forget()
+    form = Form(tuple(x.shape), tuple(w.weight.shape), x.dtype, w.bias is not None, stride, padding)
+    out: Tensor = CHOICES.run(str(form), x, w, stride, padding)
     return out
 
 

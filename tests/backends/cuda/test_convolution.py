@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from helios.backend import select
+from helios.graph import Builder, Rate
+from helios.lower import plan_for
 from helios.ops.conv import conv3d as body
 from helios_conformance import budget, execute, references, suite
 from helios_conformance.draws import Root
 from helios_conformance.session import Session
 from helios_cuda import convolution
-from helios_cuda.choice import CHOICES
-from helios_cuda.convolution import Filter
-from helios_cuda.kernels import conv
+from helios_cuda.convolution import CHOICES, Filter, Form
+from helios_cuda.kernels import conv, conv_boxes
 from helios_cuda.launch import recording
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -81,6 +87,9 @@ def test_operands_of_any_layout_give_channels_last() -> None:
     came = conv.conv3d(view, Filter(flipped, bias).weight, bias.repeat(2)[out:], stride, padding)
     assert torch.equal(came, wanted)
     assert came.permute(0, 2, 3, 4, 1).is_contiguous()
+    pixels = conv.conv3d(x, Filter(weight[:3], None).weight, None, stride, padding)
+    assert judge(pixels, x, weight[:3], None, stride, padding) == []
+    assert pixels.is_contiguous()  # whole lines are written, plane by plane
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])
@@ -107,6 +116,41 @@ def test_a_bias_added_after_the_rounding_misses_the_budget() -> None:
     assert judge(late, x, weight, bias, stride, padding) != []
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel", "padding"),
+    [
+        ((2, 96, 3, 3, 18), (3, 1, 1), (0, 0, 0)),
+        ((1, 96, 1, 2, 4), (1, 3, 3), (0, 1, 1)),
+        ((1, 96, 2, 1, 3), (3, 1, 1), (1, 0, 0)),
+    ],
+    ids=["frames", "rows", "padded_time"],
+)
+def test_boxes_keep_the_budget(shape: tuple[int, ...], kernel: Triple, padding: Triple) -> None:
+    """Ragged boxes, and what lies outside of the video on each side."""
+    x, weight, bias = drawn(shape, 96, kernel, BF16)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    w = Filter(weight, bias)
+    assert conv_boxes.fits(x, w.weight, (1, 1, 1)) == ""
+    assert judge(conv_boxes.conv3d(x, w.weight, bias, padding), x, weight, bias, (1, 1, 1), padding) == []
+
+
+def test_boxes_say_what_they_cannot_fetch() -> None:
+    last = torch.channels_last_3d
+    x = torch.empty(1, 192, 3, 4, 5, dtype=BF16).contiguous(memory_format=last)
+    weight = torch.empty(96, 192, 3, 3, 3, dtype=BF16)
+    assert conv_boxes.fits(x, weight, (1, 1, 1)) == ""
+    assert conv_boxes.fits(x[:, 8:104], weight[:, :96], (1, 1, 1)) == ""
+    for y, w, stride in (
+        (x, weight, (1, 2, 2)),
+        (x.float(), weight, (1, 1, 1)),
+        (x[:, :16], weight, (1, 1, 1)),
+        (x, weight[:3], (1, 1, 1)),
+        (x[:, 4:100], weight, (1, 1, 1)),
+        (x.contiguous(), weight, (1, 1, 1)),
+    ):
+        assert conv_boxes.fits(y, w, stride) != ""
+
+
 def test_ways_say_where_they_are_not() -> None:
     x, weight, bias = (y.to("meta") for y in drawn((1, 4, 3, 4, 5), 6, (3, 3, 3), BF16))
     w = Filter(weight, bias)
@@ -117,14 +161,36 @@ def test_ways_say_where_they_are_not() -> None:
     assert convolution._bias_fits(Filter(weight, None), (0, 2, 2)) == ""
 
 
-def test_without_a_device_nothing_is_measured_or_recorded() -> None:
-    kernel = convolution.KERNELS["conv3d"]
+def test_a_form_is_the_same_from_a_plan_and_from_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was settled before the first run is found by it; and what nobody settled runs in Triton, and is recorded."""
+    monkeypatch.setattr(CHOICES, "record", {})
+    with Builder("one") as build:
+        given = build.input("x", (1, 4, 3, 3, 3), F32, Rate.STEP)
+        w = build.input("w", (5, 4, 3, 3, 3), F32, Rate.WEIGHTS)
+        build.output("y", body(given, w, build.input("b", (5,), F32, Rate.WEIGHTS), padding=(0, 1, 1)))
+    (form,) = convolution.forms(plan_for({"one": build.graph()}, select("cuda:interpret")))
+    convolution.settle([form], torch.device("cpu"), "nothing")
+    assert CHOICES.record == {}
     x, weight, bias = drawn((1, 4, 3, 3, 3), 5, (3, 3, 3), F32)
+    kernel = convolution.KERNELS["conv3d"]
     assert kernel.prepare is not None
     handle = kernel.prepare(None, weight, bias, stride=(1, 1, 1), padding=(0, 1, 1))
     out = kernel.run(handle, x, stride=(1, 1, 1), padding=(0, 1, 1))
     assert judge(out, x, weight, bias, (1, 1, 1), (0, 1, 1)) == []
-    assert CHOICES.chosen(convolution._key(x, handle, (1, 1, 1), (0, 1, 1))) == ""
+    assert {key: entry["variant"] for key, entry in CHOICES.record.items()} == {str(form): "triton"}
+    again, other, *_ = form.drawn(torch.device("cpu"))
+    assert (
+        Form(tuple(again.shape), tuple(other.weight.shape), F32, other.bias is not None, (1, 1, 1), (0, 1, 1)) == form
+    )
+
+
+def test_results_are_alike_frame_by_frame() -> None:
+    wanted = drawn((1, 4, 3, 8, 8), 1, (1, 1, 1), BF16)[0]
+    assert convolution.alike(wanted * (1 + 2**-7), wanted) == ""
+    for value in (torch.nan, 1.0):
+        wrong = wanted.clone()
+        wrong[:, :, 1, 0] = value
+        assert "frame 1" in convolution.alike(wrong, wanted)
 
 
 def test_real_sizes_need_no_memory_to_be_recorded() -> None:
@@ -137,3 +203,36 @@ def test_real_sizes_need_no_memory_to_be_recorded() -> None:
     tile = launch.constants
     assert launch.kernel is conv.THIRDS
     assert launch.grid == (33 * 384 * 640 // tile["POSITIONS"] * 96 // (tile["WIDE"] + tile["NARROW"]),)
+
+
+COMPILE = """
+import json
+import torch
+from helios_cuda import offline, tables
+from helios_cuda.kernels import conv, conv_boxes
+from helios_cuda.launch import recording
+
+x = torch.empty(1, 35, 384, 640, 96, dtype=torch.bfloat16, device="meta").permute(0, 4, 1, 2, 3)
+w = torch.empty(96, 3, 3, 3, 96, dtype=torch.bfloat16, device="meta").permute(0, 4, 1, 2, 3)
+b = torch.empty(96, dtype=torch.bfloat16, device="meta")
+with tables.assumed("sm_90"), recording() as launches:
+    conv.conv3d(x, w, b, (1, 1, 1), (0, 1, 1))
+    conv_boxes.conv3d(x, w, b, (0, 1, 1))
+rows = []
+for launch in launches:
+    form = offline.form_of(launch)
+    binary = offline.compiled(form, "sm_90")
+    rows.append([list(offline.problems(form, "sm_90", binary, chosen=True)), sorted(binary.units)])
+print(json.dumps(rows))
+"""
+
+
+def test_compiled_for_hopper_both_use_its_units_and_spill_nothing() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    (wrong, units), (wrong_boxes, units_of_boxes) = json.loads(result.stdout)
+    assert (wrong, wrong_boxes) == ([], [])
+    assert any(unit.startswith("wgmma") for unit in units)
+    assert set(units) < set(units_of_boxes)  # and the copy engine

@@ -45,13 +45,13 @@ def _weights(weight, output, channel, outputs, C: tl.constexpr, TAPS: tl.constex
 
 
 @triton.jit
-def _finish(acc, bias, out, at, output, positions, outputs, BIAS: tl.constexpr):
+def _finish(acc, bias, place, inside, output, outputs, apart, BIAS: tl.constexpr):
     """Add the bias, round, write."""
     if BIAS:
         acc += tl.load(bias + output, output < outputs, 0.0).to(tl.float32)[None, :]
-    places = out + at[:, None] * outputs + output[None, :]
-    inside = (at < positions)[:, None] & (output < outputs)[None, :]
-    tl.store(places, rounded(acc, out.dtype.element_ty), inside)
+    places = place[:, None] + output.to(tl.int64)[None, :] * apart
+    inside = inside[:, None] & (output < outputs)[None, :]
+    tl.store(places, rounded(acc, place.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -72,6 +72,9 @@ def _conv3d(
     x_frame,
     x_row,
     x_column,
+    out_batch,
+    out_output,
+    out_position,
     BIAS: tl.constexpr,
     C: tl.constexpr,
     KT: tl.constexpr,
@@ -125,9 +128,11 @@ def _conv3d(
         acc = dot(rows, _weights(there, wide, channel, outputs, C, TAPS, CHANNELS), acc)
         if NARROW > 0:
             more = dot(rows, _weights(there, narrow, channel, outputs, C, TAPS, CHANNELS), more)
-    _finish(acc, bias, out, at, wide, positions, outputs, BIAS)
+    video = out_t * out_h * out_w
+    place = out + at // video * out_batch + at % video * out_position
+    _finish(acc, bias, place, at < positions, wide, outputs, out_output, BIAS)
     if NARROW > 0:
-        _finish(more, bias, out, at, narrow, positions, outputs, BIAS)
+        _finish(more, bias, place, at < positions, narrow, outputs, out_output, BIAS)
 
 
 def _sizes(positions: int, wide: int, narrow: int, channels: int) -> dict[str, int]:
@@ -141,20 +146,20 @@ def _kernel(name: str, *candidates: Tile) -> Tiled:
 
 BROAD = _kernel(
     "conv3d_broad",
+    Tile(_sizes(128, 128, 64, 64), warps=8, stages=4, shared=161),
     Tile(_sizes(128, 128, 64, 32), warps=8, stages=4),
-    Tile(_sizes(128, 128, 64, 64), warps=8, stages=4),
-    Tile(_sizes(128, 128, 64, 64), warps=8, stages=3),
+    Tile(_sizes(128, 128, 64, 64), warps=8, stages=3, shared=121),
     Tile(_sizes(256, 64, 32, 32), warps=8, stages=4),
-    Tile(_sizes(256, 64, 32, 64), warps=8, stages=4),
-    Tile(_sizes(256, 128, 0, 64), warps=8, stages=3),
+    Tile(_sizes(256, 64, 32, 64), warps=8, stages=4, shared=177),
+    Tile(_sizes(256, 128, 0, 64), warps=8, stages=3, shared=145),
 )
 """Multiples of 192 outputs: the inner levels."""
 THIRDS = _kernel(
     "conv3d_thirds",
-    Tile(_sizes(256, 64, 32, 32), warps=8, stages=4),
     Tile(_sizes(128, 64, 32, 32), warps=4, stages=4),
+    Tile(_sizes(256, 64, 32, 32), warps=8, stages=4),
     Tile(_sizes(128, 64, 32, 64), warps=4, stages=3),
-    Tile(_sizes(256, 64, 32, 64), warps=8, stages=4),
+    Tile(_sizes(256, 64, 32, 64), warps=8, stages=4, shared=177),
 )
 """Other multiples of 96: full resolution."""
 OTHERS = _kernel(
@@ -169,6 +174,12 @@ FEW = _kernel(
     Tile(_sizes(256, 16, 0, 32), warps=8, stages=4),
 )
 """At most 16 outputs: red, green and blue."""
+SHALLOW = _kernel(
+    "conv3d_shallow",
+    Tile(_sizes(128, 64, 32, 16), warps=8, stages=4),
+    Tile(_sizes(128, 128, 64, 16), warps=8, stages=4),
+)
+"""At most 16 channels: latents, or pixels."""
 FLOAT32 = _kernel(
     "conv3d_fp32",
     Tile(_sizes(64, 32, 0, 16), warps=4, stages=3),
@@ -177,9 +188,11 @@ FLOAT32 = _kernel(
 """Products of float32 as such, on the ordinary cores."""
 
 
-def _chosen(dtype: torch.dtype, outputs: int) -> Tiled:
+def _chosen(dtype: torch.dtype, channels: int, outputs: int) -> Tiled:
     if dtype == torch.float32:
         return FLOAT32
+    if channels <= 16:
+        return SHALLOW
     if outputs % 96 == 0:
         return THIRDS if outputs % 192 else BROAD
     return FEW if outputs <= 16 else OTHERS
@@ -194,20 +207,22 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Triple, paddi
         bias: ``[o]``, contiguous.
 
     Returns:
-        ``[b, o, …]``, dense with channels last.
+        ``[b, o, …]``, dense with channels last; with channels first if ``o`` is no multiple of 8, as it is for pixels.
     """
     x = channels_last(x)
     b, channels, *size = x.shape
     outputs, kernel = weight.shape[0], weight.shape[2:]
     room = zip(size, padding, kernel, stride, strict=True)
     shape = [(n + 2 * pad - k) // step + 1 for n, pad, k, step in room]
-    out = empty_last(x, (b, outputs, *shape))
+    # A few odd outputs would be written two bytes at a time; planes of them are whole lines.
+    out = x.new_empty(b, outputs, *shape) if outputs % 8 else empty_last(x, (b, outputs, *shape))
     positions = b * math.prod(shape)
-    function = _chosen(x.dtype, outputs)
+    function = _chosen(x.dtype, channels, outputs)
     function.launch(
         lambda tile: (triton.cdiv(positions, tile["POSITIONS"]) * triton.cdiv(outputs, tile["WIDE"] + tile["NARROW"]),),
         *(x, weight, bias, out, positions, outputs, *shape, *size),
         *(x.stride(i) for i in (0, 2, 3, 4)),
+        *(math.prod(shape) * outputs, *((math.prod(shape), 1) if outputs % 8 else (1, outputs))),
         key=f"{name_of(x.dtype)} c={channels} o={outputs} k={'x'.join(map(str, kernel))} w={shape[2]}",
         BIAS=bias is not None,
         C=channels,

@@ -85,8 +85,8 @@ _FIRST = Tiled(
     _channel_norm,
     "channel_norm_first",
     (
-        Tile({"ELEMENTS": 16384}, warps=8, stages=1),
         Tile({"ELEMENTS": 8192}, warps=4, stages=1),
+        Tile({"ELEMENTS": 16384}, warps=8, stages=1),
     ),
     Tile({"ELEMENTS": 65536}),
 )
