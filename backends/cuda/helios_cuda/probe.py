@@ -70,28 +70,40 @@ def _no_driver() -> tuple[str, str]:
 
 def require_triton() -> None:
     """Raises BackendUnavailable if Triton is absent, too old, or not the one that this torch is made with."""
-    from packaging.specifiers import SpecifierSet
-
     pin = _pin()
-    wanted = f"'triton{pin}'"
     if importlib.util.find_spec("triton") is None:
         made = f", the version that torch {_torch()} is made with" if pin else ""
-        raise BackendUnavailable("Triton is not installed", f"pip install {wanted if pin else 'triton'}{made}")
+        raise BackendUnavailable("Triton is not installed", f"pip install {_quoted(pin)}{made}")
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:  # a source tree on the path
         return
-    if pin and not SpecifierSet(pin).contains(version, prereleases=True):
+    if not _within(version, pin):
         why = f"Triton {version} does not match torch {_torch()}, which is made with {pin.removeprefix('==')}"
-        raise BackendUnavailable(why, f"pip install {wanted}")
-    if not SpecifierSet(f">={TRITON}").contains(version.partition("rc")[0], prereleases=True):
+        raise BackendUnavailable(why, f"pip install {_quoted(pin)}")
+    if not _within(version.partition("rc")[0], f">={TRITON}"):
         raise BackendUnavailable(f"Triton {version} is older than {TRITON}", f"pip install 'triton>={TRITON}'")
+
+
+def _quoted(pin: str) -> str:
+    return f"'triton{pin}'" if pin else "triton"
+
+
+def _within(version: str, wanted: str) -> bool:
+    """Whether a version is one of those wanted; where nothing can tell, it is."""
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # a bare machine, with the tree on its path and nothing installed
+        return True
+    return SpecifierSet(wanted).contains(version, prereleases=True)
 
 
 def _pin() -> str:
     """Which versions of Triton the installed torch asks for, such as ``==3.6.0``; empty where it asks for none."""
-    from packaging.requirements import InvalidRequirement, Requirement
-
+    try:
+        from packaging.requirements import InvalidRequirement, Requirement
+    except ImportError:
+        return ""
     for line in importlib.metadata.requires("torch") or ():
         try:
             asked = Requirement(line)

@@ -200,6 +200,15 @@ def _absent(name: str) -> Any:
     raise importlib.metadata.PackageNotFoundError(name)
 
 
+def test_a_bare_machine_cannot_compare_versions(machine: Machine) -> None:
+    for name in ("packaging.specifiers", "packaging.requirements"):
+        machine.patch.setitem(sys.modules, name, None)
+    machine.versions["triton"] = "3.1.0"
+    assert probe.devices()
+    del machine.versions["triton"]
+    assert refused().fix == "pip install triton"
+
+
 def test_a_device_that_is_not_there(machine: Machine) -> None:
     with pytest.raises(BackendUnavailable, match=r"backend 'cuda' has no device 3; it has 0 \(NVIDIA H200\)"):
         backends.select("cuda:3")
