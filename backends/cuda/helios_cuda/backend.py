@@ -16,6 +16,7 @@ from helios.passes import Plan
 from helios.program import Program
 from helios_cuda import failures, gemm, interpreter, probe, record
 from helios_cuda.attention import Chooser, forms
+from helios_cuda.attention_libraries import describe
 from helios_cuda.graphs import CudaRecorder, Recorder
 from helios_cuda.later import Later
 from helios_cuda.program import CudaProgram
@@ -93,7 +94,16 @@ class CudaBackend(Backend):
         program = compile_kernels(plan, self, fallback=fallback, program=CudaProgram)
         with failures.explained("the choice of attention", self.label, self.memory):
             self.attention.settle(forms(plan))
+        self._settle_convolutions(plan)
         return program
+
+    def _settle_convolutions(self, plan: Plan) -> None:
+        if self._interpreted:
+            return
+        from helios_cuda import convolution  # which imports Triton
+
+        with failures.explained("the choice of convolutions", self.label, self.memory):
+            convolution.settle(convolution.forms(plan), self.device, str(describe(self.device)))
 
     def synchronize(self) -> None:
         if not self._interpreted:
@@ -120,6 +130,13 @@ class CudaBackend(Backend):
     def execution_plan(self) -> dict[str, Any]:
         """What a run on this backend depends on, as JSON values; see ``record.execution_plan``."""
         return record.execution_plan(self)
+
+    def use_execution_plan(self, plan: Mapping[str, Any]) -> None:
+        self.attention.use(plan.get("attention", {}))
+        if plan.get("convolution"):
+            from helios_cuda import convolution  # which imports Triton
+
+            convolution.CHOICES.replay(plan["convolution"], str(describe(self.device)))
 
     @property
     def label(self) -> str:

@@ -107,7 +107,8 @@ class Choices:
         alike: Callable[[Any, Any], str],
         device: str = "",
     ) -> str:
-        """Measure all variants that are there, record, and give the name of the fastest that is right.
+        """Measure all variants that are there, record, and give the name of the fastest that is right; the first where
+        even that cannot be measured.
 
         Args:
             key: all that may decide: shapes, dtype, attributes.
@@ -115,9 +116,6 @@ class Choices:
             clock: see ``Clock``.
             alike: takes a result and that of the first variant; says how they differ too much, or ``""``.
             device: as plans name it.
-
-        Raises:
-            BackendError: the first variant cannot run.
         """
         inputs = make_inputs()
         seconds: dict[str, float] = {}
@@ -134,10 +132,10 @@ class Choices:
                     seconds[name] = clock(functools.partial(variant.run, *inputs))
             except RuntimeError as error:  # out of memory, or a library that refuses the shape
                 why = str(error).strip().splitlines()[0][:200]
-            if why and name == self.first:
-                raise BackendError(f"no way to compute {key} here: {name}: {why}")
             if why:
                 why_not[name] = why
+            if why and name == self.first:  # a measurement takes more memory than one call: nothing to compare with
+                break
         best = self.first
         for name, taken in seconds.items():
             best = name if taken * DRAW < seconds[best] else best

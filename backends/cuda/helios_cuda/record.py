@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,11 @@ def execution_plan(backend: CudaBackend) -> dict[str, Any]:
 
     Keys: ``device`` and ``capability``; ``cuda`` that torch is built with, ``cudnn``, ``cublas`` and ``triton``, each a
     version or None where it cannot be told; ``graphs``, true or why not; ``memory``, full or low; ``attention``, the
-    library of each form so far, which ``backend.attention.use`` takes back.
+    library of each form so far, which ``backend.attention.use`` takes back; ``convolution``, the way of each form so
+    far, which ``convolution.CHOICES.replay`` takes back.
     """
+    from helios_cuda import convolution  # which imports Triton
+
     on_gpu = backend.device.type == "cuda"
     capability = ".".join(map(str, torch.cuda.get_device_capability(backend.device))) if on_gpu else None
     return {
@@ -35,6 +39,7 @@ def execution_plan(backend: CudaBackend) -> dict[str, Any]:
         "graphs": backend.eager or True,
         "memory": "low" if backend.low else "full",
         "attention": backend.attention.plan,
+        "convolution": copy.deepcopy(convolution.CHOICES.record),
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from helios_conformance import budget, execute, references, suite
 from helios_conformance.draws import Root
 from helios_conformance.session import Session
 from helios_cuda import convolution
+from helios_cuda.choice import Choices, Variant
 from helios_cuda.convolution import CHOICES, Filter, Form
 from helios_cuda.kernels import conv, conv_boxes
 from helios_cuda.launch import recording
@@ -184,6 +187,25 @@ def test_a_form_is_the_same_from_a_plan_and_from_operands(monkeypatch: pytest.Mo
     )
 
 
+@pytest.mark.parametrize("name", ["causal", "point"])
+def test_ways_agree_when_they_are_measured(name: str) -> None:
+    """As ``settle`` does on a device: on random operands all ways give what ours gives, and the fastest is recorded."""
+    shape, out, kernel, stride, padding = CASES[name]
+    form = Form(shape, (out, shape[1], *kernel), BF16, True, stride, padding)
+    ways = [v for v in convolution.VARIANTS if v.name not in ("triton_boxes", *([] if name == "point" else ["cublas"]))]
+    choices = Choices([Variant(v.name, v.run, version=v.version) for v in ways])
+    seconds = iter(range(len(ways), 0, -1))
+
+    def clock(call: Callable[[], object]) -> float:
+        call()
+        return float(next(seconds))
+
+    chosen = choices.choose(str(form), functools.partial(form.drawn, torch.device("cpu")), clock, convolution.alike)
+    assert chosen == ways[-1].name
+    assert choices.record[str(form)]["why_not"] == {}
+    json.dumps(choices.record)
+
+
 def test_results_are_alike_frame_by_frame() -> None:
     wanted = drawn((1, 4, 3, 8, 8), 1, (1, 1, 1), BF16)[0]
     assert convolution.alike(wanted * (1 + 2**-7), wanted) == ""
@@ -206,6 +228,7 @@ def test_real_sizes_need_no_memory_to_be_recorded() -> None:
 
 
 COMPILE = """
+import functools
 import json
 import torch
 from helios_cuda import offline, tables

@@ -9,6 +9,7 @@ import torch
 
 from helios.backend import select
 from helios_cuda import CudaBackend
+from helios_cuda.convolution import CHOICES
 
 
 def test_a_gpu_and_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,6 +18,7 @@ def test_a_gpu_and_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91400)
     monkeypatch.setattr("importlib.metadata.version", lambda name: {"triton": "3.6.0", "nvidia-cublas": "13.1"}[name])
+    monkeypatch.setattr(CHOICES, "record", {})
     wanted = {
         "device": "NVIDIA H200",
         "capability": "9.0",
@@ -27,6 +29,7 @@ def test_a_gpu_and_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         "graphs": True,
         "memory": "full",
         "attention": {},
+        "convolution": {},
     }
     assert CudaBackend().execution_plan() == wanted
     changed = CudaBackend(graphs=False, memory="low").execution_plan()
