@@ -1,0 +1,73 @@
+"""The check that runs on a GPU, tried on the CPU: that it passes what is right, and that each part of it can fail."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from helios.backend import Backend, select
+
+ROOT = Path(__file__).parents[3]
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("check_execution", ROOT / "tools/gpu/check_execution.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    return load()
+
+
+def make(**options: Any) -> Backend:
+    return select("reference")
+
+
+def test_what_is_right_passes(tool: ModuleType) -> None:
+    found = list(tool.checks(make, "tiny", 64, 64))
+    assert len(found) == 7
+    assert [wrong for _, wrong in found if wrong] == []
+
+
+def test_other_bits_fail(tool: ModuleType) -> None:
+    x = {"denoise.0, turn 0": torch.ones(2), "denoise.1, turn 0": torch.zeros(3)}
+    assert tool._differences(x, x) == ""
+    y = {**x, "denoise.0, turn 0": torch.tensor([1.0, 1.5])}
+    assert tool._differences(y, x) == "1 of 2 differ, by 0.5 at most: denoise.0, turn 0"
+    assert tool._distinct(x) == ""
+    assert tool._distinct({**x, "again": torch.ones(2)}) == "some are equal"
+    assert tool._distinct({"x": torch.tensor([torch.nan])}) == "some are not finite"
+
+
+def test_waiting_fails(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    class Waits:
+        names = ("denoise.0",)
+
+        class backend:
+            device = torch.device("cuda")
+
+            @staticmethod
+            def synchronize() -> None:
+                pass
+
+        def context(self, seed: int) -> None:
+            pass
+
+        def velocity(self, *arguments: Any) -> None:
+            raise RuntimeError("called a synchronizing CUDA operation\nsecond line")
+
+    assert tool._waits(Waits()) == "called a synchronizing CUDA operation"
+    assert modes == ["error", "default"]
