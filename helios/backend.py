@@ -108,6 +108,18 @@ class Backend:
 
         return compile_kernels(plan, self, fallback=fallback)
 
+    def execution_plan(self) -> Mapping[str, Any]:
+        """What bits and speed depend on besides the graphs, as JSON values: versions of libraries, algorithms that were
+        chosen by measurement. Kept in the state of a run."""
+        return {}
+
+    def use_execution_plan(self, plan: Mapping[str, Any]) -> None:
+        """Choose as in this plan, which ``execution_plan`` gave, before anything is compiled.
+
+        Raises:
+            BackendError: it cannot be followed here: another library, version or device.
+        """
+
     def synchronize(self) -> None:
         """Wait for the device."""
 

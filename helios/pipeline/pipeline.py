@@ -193,8 +193,11 @@ class Pipeline:
     def plan(self, request: Request, state: RunState | None = None) -> dict[str, Any]:
         """How a request is executed, as JSON values.
 
-        A state's own way to decode is kept, so that a resumed run gives the same bits where free memory has changed.
+        A state's own way to decode is kept, so that a resumed run gives the same bits where free memory has changed;
+        so is what its backend had chosen. Raises BackendError where that cannot be had here.
         """
+        if state is not None:
+            self.backend.use_execution_plan(state.plan.get("execution", {}))
         denoiser = self.denoiser(request)  # first: the VAE is given a share of what its weights leave free
         if state is not None and "vae" in state.plan:
             decoding = dict(state.plan["vae"])
@@ -208,6 +211,7 @@ class Pipeline:
             "graphs": denoiser.program.plan.digest[:16],
             "vae": decoding,
             "torch": torch.__version__,
+            "execution": dict(self.backend.execution_plan()),
         }
 
     def denoiser(self, request: Request) -> Denoiser:

@@ -242,5 +242,6 @@ class Run:
             rng=noise.state(),
             prompt=prompt,
             settings=request.settings() | origin,
-            plan=dict(self.plan),
+            # What the autoencoder's program made the backend choose is known only now.
+            plan={**self.plan, "execution": dict(self.denoiser.program.backend.execution_plan())},
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import queue
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import helios
+from helios.backend import ReferenceBackend
 from helios.errors import InputError, StateError
 from helios.graph import Rate
 from helios.model.vae_split import Split
@@ -187,6 +189,27 @@ def test_the_way_to_decode_is_kept_in_the_state(monkeypatch: pytest.MonkeyPatch)
     assert tiny().plan(request, first.state)["vae"] == {"group": 9}
     for split in (Split(3), Split(1, helios.model.vae_split.Tile(64, 48))):
         assert split_of(plan_of(split)) == split
+
+
+def test_what_the_backend_chose_is_kept_in_the_state_and_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend of each pipeline measures something else, and knows it once its programs are compiled."""
+    compile_plan = ReferenceBackend.compile
+
+    def choosing(self: Any, plan: Any, **rest: Any) -> Any:
+        vars(self).setdefault("chosen", {})[plan.digest[:4]] = vars(self).get("told", {}).get(plan.digest[:4], id(self))
+        return compile_plan(self, plan, **rest)
+
+    monkeypatch.setattr(ReferenceBackend, "compile", choosing)
+    monkeypatch.setattr(ReferenceBackend, "execution_plan", lambda self: dict(vars(self).get("chosen", {})))
+    monkeypatch.setattr(ReferenceBackend, "use_execution_plan", lambda self, plan: setattr(self, "told", dict(plan)))
+    first, other = (helios.load(size="tiny", variant="distilled", backend="reference") for _ in range(2))
+    state = next(iter(first.stream("a cat", chunks=1, **SMALL))).state
+    chosen = state.plan["execution"]
+    assert len(chosen) == 2  # of the transformer, and of the autoencoder, which is compiled in the first chunk
+    assert set(chosen.values()) == {id(first.backend)}
+    later = next(iter(other.stream(chunks=2, state=state))).state
+    assert later.plan["execution"] == chosen
+    json.dumps(chosen)
 
 
 # --- what is computed how often ---
