@@ -213,10 +213,17 @@ def _write(made: list[Row], version: str) -> None:
         text=True,
         check=False,
     ).stdout.strip()
-    head = {"commit": commit, "triton": version, "command": "python tools/kernel_report.py --write"}
+    head = {"commit": commit, "triton": version, "command": " ".join(["python tools/kernel_report.py", *_told()])}
     lines = ",\n ".join(json.dumps(_record(row)) for row in made)
     (ROOT / "docs" / "kernels.json").write_text(json.dumps(head)[:-1] + f', "binaries": [\n {lines}\n]}}\n')
     (ROOT / "docs" / "kernels.md").write_text("\n".join(_document(made, head)) + "\n")
+
+
+def _told() -> list[str]:
+    """The command line, without where things are remembered."""
+    words = sys.argv[1:]
+    at = words.index("--out") if "--out" in words else len(words)
+    return words[:at] + words[at + 2 :]
 
 
 def _record(row: Row) -> dict[str, Any]:
@@ -267,7 +274,8 @@ def _document(made: list[Row], head: Mapping[str, str]) -> Iterator[str]:
 TEXT = """# The Triton kernels, compiled
 
 Made by `%(command)s` at commit `%(commit)s` with Triton %(triton)s; not edited by hand. %(count)s binaries,
-%(wrong)s wrong. Nothing here was run: these are properties of binaries. All candidates: [kernels.json](kernels.json).
+%(wrong)s wrong. Nothing here was run: these are properties of binaries. Each is in [kernels.json](kernels.json);
+without `--default-only` it has every candidate tile for one launch of each kernel and key.
 
 What is compiled are the launches of the 14b plan at 384×640 in bf16, in the layouts that the kernels leave their
 results in, and each op's samples at real sizes in bf16 and fp32. Wrong is: a spill or a narrow access (less than 16
