@@ -21,6 +21,7 @@ __all__ = [
     "Errors",
     "allowed",
     "bounds",
+    "conditioned",
     "directions",
     "exact",
     "exceeded",
@@ -178,6 +179,22 @@ def of_chain(reference: Errors) -> Errors:
     judged elsewhere, without this allowance.
     """
     return dataclasses.replace(reference, norm=reference.norm * 4 / 3, worst=reference.worst * 3)
+
+
+def conditioned(reference: Errors, here: Errors, ordinary: Errors) -> Errors:
+    """The reference's errors as they count on an ill-conditioned draw.
+
+    Args:
+        reference: as committed.
+        here: of exact operations whose results are rounded, on this draw.
+        ordinary: the same on ordinary draws, of which the reference's own are some.
+    """
+
+    def grown(known: float, now: float, usual: float) -> float:
+        return known * max(1.0, now / usual) if usual else known
+
+    norm, worst = grown(reference.norm, here.norm, ordinary.norm), grown(reference.worst, here.worst, ordinary.worst)
+    return dataclasses.replace(reference, norm=norm, worst=worst)
 
 
 def _top(oracle: Tensor) -> float:

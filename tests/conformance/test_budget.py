@@ -247,3 +247,10 @@ def test_shared_factors_are_what_the_gain_is_an_average_over() -> None:
 
 def test_the_statistics_are_those_of_errors() -> None:
     assert set(budget_margins.STATISTICS) < set(Errors.__dataclass_fields__)
+
+
+def test_an_ill_conditioned_draw_scales_norm_and_worst_and_nothing_else() -> None:
+    known, usual = Errors(1.0, 2.0, 0.5, 0.25, 10), Errors(2.0, 4.0, 1.0, 1.0, 10)
+    assert budget.conditioned(known, Errors(3.0, 12.0, 9.0, 1.0, 10), usual) == Errors(1.5, 6.0, 0.5, 0.25, 10)
+    assert budget.conditioned(known, Errors(1.0, 1.0, 9.0, 1.0, 10), usual) == known  # never less
+    assert budget.conditioned(known, usual, budget.NONE) == known  # where ordinary draws have no error at all
