@@ -11,7 +11,7 @@ from helios_conformance.draws import Root
 from helios_conformance.session import Session
 from helios_cuda.kernels import KERNELS
 
-CHECKS = ("op_values", "op_specials", "op_refusals")
+CHECKS = ("op_values", "op_specials", "op_misfed")
 SLOW = ("long", "long_keys")
 """Samples of more than 8,192 tokens: a Python call per program makes minutes of them."""
 
