@@ -53,6 +53,7 @@ def test_nothing_else_is_there(names: set[str]) -> None:
         "helios",
         "helios_hal",
         "helios_cpu",
+        "helios_cuda",
         "helios_conformance",
     }
 

@@ -55,6 +55,29 @@ def _finish(acc, bias, place, inside, output, outputs, apart, BIAS: tl.constexpr
 
 
 @triton.jit
+def _origin(at, shape, STEP: tl.constexpr, PAD: tl.constexpr):
+    """Of positions of the result: the video, and the frame, row and column of x where their kernel begins."""
+    left = (at % shape[2]).to(tl.int32) * STEP[2] - PAD[2]
+    top = (at // shape[2] % shape[1]).to(tl.int32) * STEP[1] - PAD[1]
+    frame = at // shape[2] // shape[1]
+    early = (frame % shape[0]).to(tl.int32) * STEP[0] - PAD[0]
+    return frame // shape[0], early, top, left
+
+
+@triton.jit
+def _within(early, top, left, size, PAD: tl.constexpr):
+    """Which of these places of a tap are in the picture."""
+    inside = left == left
+    if PAD[0] > 0:
+        inside = inside & (early >= 0) & (early < size[0])
+    if PAD[1] > 0:
+        inside = inside & (top >= 0) & (top < size[1])
+    if PAD[2] > 0:
+        inside = inside & (left >= 0) & (left < size[2])
+    return inside
+
+
+@triton.jit
 def _conv3d(
     x,
     weight,
@@ -77,15 +100,9 @@ def _conv3d(
     out_position,
     BIAS: tl.constexpr,
     C: tl.constexpr,
-    KT: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    STEP_T: tl.constexpr,
-    STEP_H: tl.constexpr,
-    STEP_W: tl.constexpr,
-    PAD_T: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STEP: tl.constexpr,
+    PAD: tl.constexpr,
     POSITIONS: tl.constexpr,
     WIDE: tl.constexpr,
     NARROW: tl.constexpr,
@@ -95,31 +112,20 @@ def _conv3d(
     across = tl.cdiv(outputs, WIDE + NARROW)  # neighbours share their rows of x
     at = (tl.program_id(0) // across).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
     first = (tl.program_id(0) % across) * (WIDE + NARROW)
-    left = (at % out_w).to(tl.int32) * STEP_W - PAD_W
-    top = (at // out_w % out_h).to(tl.int32) * STEP_H - PAD_H
-    frame = at // out_w // out_h
-    early = (frame % out_t).to(tl.int32) * STEP_T - PAD_T
-    corner = frame // out_t * x_batch + early.to(tl.int64) * x_frame + top.to(tl.int64) * x_row
-    corner += left.to(tl.int64) * x_column
+    batch, early, top, left = _origin(at, (out_t, out_h, out_w), STEP, PAD)
+    corner = batch * x_batch + early.to(tl.int64) * x_frame + top.to(tl.int64) * x_row + left.to(tl.int64) * x_column
     wide = first + tl.arange(0, WIDE)
     acc = tl.zeros((POSITIONS, WIDE), tl.float32)
     if NARROW > 0:
         narrow = first + WIDE + tl.arange(0, NARROW)
         more = tl.zeros((POSITIONS, NARROW), tl.float32)
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    TAPS: tl.constexpr = KT * KH * KW
+    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     for step in range(TAPS * BLOCKS):  # one loop, so that loads run ahead over the edges of taps
         tap = step // BLOCKS
         channel = step % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
-        kt, kh, kw = tap // (KH * KW), tap // KW % KH, tap % KW
-        inside = at < positions
-        if PAD_T > 0:
-            inside = inside & (early + kt >= 0) & (early + kt < t)
-        if PAD_H > 0:
-            inside = inside & (top + kh >= 0) & (top + kh < h)
-        if PAD_W > 0:
-            inside = inside & (left + kw >= 0) & (left + kw < w)
-        inside = inside[:, None]
+        kt, kh, kw = tap // (KERNEL[1] * KERNEL[2]), tap // KERNEL[2] % KERNEL[1], tap % KERNEL[2]
+        inside = ((at < positions) & _within(early + kt, top + kh, left + kw, (t, h, w), PAD))[:, None]
         if C % CHANNELS > 0:
             inside = inside & (channel < C)[None, :]
         shift = kt.to(tl.int64) * x_frame + kh.to(tl.int64) * x_row + kw * x_column
@@ -128,8 +134,7 @@ def _conv3d(
         acc = dot(rows, _weights(there, wide, channel, outputs, C, TAPS, CHANNELS), acc)
         if NARROW > 0:
             more = dot(rows, _weights(there, narrow, channel, outputs, C, TAPS, CHANNELS), more)
-    video = out_t * out_h * out_w
-    place = out + at // video * out_batch + at % video * out_position
+    place = out + at // (out_t * out_h * out_w) * out_batch + at % (out_t * out_h * out_w) * out_position
     _finish(acc, bias, place, at < positions, wide, outputs, out_output, BIAS)
     if NARROW > 0:
         _finish(more, bias, place, at < positions, narrow, outputs, out_output, BIAS)
@@ -226,8 +231,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Triple, paddi
         key=f"{name_of(x.dtype)} c={channels} o={outputs} k={'x'.join(map(str, kernel))} w={shape[2]}",
         BIAS=bias is not None,
         C=channels,
-        **dict(zip(("KT", "KH", "KW"), kernel, strict=True)),
-        **dict(zip(("STEP_T", "STEP_H", "STEP_W"), stride, strict=True)),
-        **dict(zip(("PAD_T", "PAD_H", "PAD_W"), padding, strict=True)),
+        KERNEL=tuple(kernel),
+        STEP=tuple(stride),
+        PAD=tuple(padding),
     )
     return out

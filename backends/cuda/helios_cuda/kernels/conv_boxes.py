@@ -102,6 +102,7 @@ BROAD = Tiled(
     "conv3d_boxes_broad",
     (
         Tile(_sizes(8, 16, 128, 64, 64), warps=8, stages=4, shared=161),
+        Tile(_sizes(8, 16, 64, 32, 32), warps=4, stages=4),  # the next one spills on sm_120
         Tile(_sizes(8, 16, 128, 64, 32), warps=8, stages=4),
         Tile(_sizes(8, 16, 128, 64, 64), warps=8, stages=3, shared=121),
         Tile(_sizes(16, 16, 64, 32, 64), warps=8, stages=4, shared=177),
