@@ -146,7 +146,9 @@ def bounds(
     # Rounding to nearest errs by 0.37 u to 0.58 u in the norm, truncation by twice that: the floor lies between.
     floor = u * grown if dtype == torch.float32 else 0.6 * u
     norm = max(floor, (1.15 if once and kind == "round" else 1.5) * reference.norm)
-    worst = max(1.25 * max(top, 4.0) * u * grown, 2 * reference.worst)
+    # A composition that rounds twice may do so upwards both times: the largest element then errs by 2 u of itself.
+    again = 1.0 if kind == "fused" and dtype != torch.float32 and not rounds_once(reference) else 0.0
+    worst = max((1.25 + again) * max(top, 4.0) * u * grown, 2 * reference.worst)
     # The gain of errors that have no direction is about norm / √n: four of these never happen by chance.
     gain = abs(reference.gain) + u / 8 + 4 * norm / math.sqrt(max(count if along is None else along, 1.0))
     off = 0.05 + 3 * math.sqrt(0.05 * 0.95 / max(count, 1)) if once else 1.0

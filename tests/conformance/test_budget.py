@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -254,3 +255,12 @@ def test_an_ill_conditioned_draw_scales_norm_and_worst_and_nothing_else() -> Non
     assert budget.conditioned(known, Errors(3.0, 12.0, 9.0, 1.0, 10), usual) == Errors(1.5, 6.0, 0.5, 0.25, 10)
     assert budget.conditioned(known, Errors(1.0, 1.0, 9.0, 1.0, 10), usual) == known  # never less
     assert budget.conditioned(known, usual, budget.NONE) == known  # where ordinary draws have no error at all
+
+
+def test_the_largest_element_of_a_composition_may_be_rounded_up_twice() -> None:
+    u, known = unit(torch.bfloat16), Errors(2e-3, 1e-3, 0.0, 0.3, 100)
+    twice = bounds("fused", torch.bfloat16, 1, 100, known, top=30.0).worst
+    assert twice == 2.25 * 30.0 * u
+    once = dataclasses.replace(known, misrounded=0.0)
+    assert bounds("fused", torch.bfloat16, 1, 100, once, top=30.0).worst == 1.25 * 30.0 * u
+    assert bounds("reduce", torch.bfloat16, 1, 100, known, top=30.0).worst == 1.25 * 30.0 * u
