@@ -66,6 +66,10 @@ class Backend:
     Args:
         provider: what stands between the first and the last colon of ``name:provider:index``; "" for none.
         index: of the device.
+        options: what was chosen of ``options``; the rest has its default.
+
+    Attributes:
+        chosen: the value of each option.
     """
 
     name: ClassVar[str]
@@ -79,11 +83,26 @@ class Backend:
     """Fused ops that it wants; each needs a kernel. All others reach it written out as core ops."""
     kernels: Mapping[str, Kernel] = {}
     """By op name."""
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """What can be chosen of it beside the device: by name all values, the default first. A class that has some takes
+    them as keywords of its constructor."""
+    chosen: Mapping[str, str] = {}
 
-    def __init__(self, provider: str = "", index: int = 0) -> None:
+    def __init__(self, provider: str = "", index: int = 0, **options: str) -> None:
         if provider:
             raise InputError(f"backend {self.name!r} has no providers, so {provider!r} means nothing to it")
+        self._require_options(options)
         self.index = index
+        self.chosen = {name: options.get(name, values[0]) for name, values in self.options.items()}
+
+    @classmethod
+    def _require_options(cls, options: Mapping[str, str]) -> None:
+        for name, value in options.items():
+            if name not in cls.options:
+                had = f"it has {_in_words(cls.options)}" if cls.options else "it has none"
+                raise InputError(f"backend {cls.name!r} has no option {name!r}; {had}", "leave it out")
+            if value not in cls.options[name]:
+                raise InputError(unknown_name(f"{name} of backend {cls.name!r}", value, cls.options[name]))
 
     def devices(self) -> Sequence[DeviceInfo]:
         """The devices that are there, or raise BackendUnavailable with the reason and one fix."""
@@ -129,8 +148,17 @@ class Backend:
 
     @property
     def label(self) -> str:
-        """As it would be selected again."""
+        """As it would be selected again, its options aside."""
         return self.name + (f":{self.index}" if self.index else "")
+
+    @property
+    def unusual(self) -> dict[str, str]:
+        """Its options that are not at their defaults."""
+        return {name: value for name, value in self.chosen.items() if value != self.options[name][0]}
+
+
+def _in_words(options: Mapping[str, tuple[str, ...]]) -> str:
+    return ", ".join(f"{name}={'|'.join(values)}" for name, values in options.items())
 
 
 class ReferenceBackend(Backend):
@@ -250,6 +278,9 @@ def _checked(name: str, cls: Any) -> type[Backend]:
     unknown = sorted(set(cls.fusions) - set(op.names()))
     if unknown:
         raise BackendUnavailable(f"backend {name!r} wants {unknown_name('op', unknown[0], op.names())}")
+    empty = next((option for option, values in cls.options.items() if not values), None)
+    if empty is not None:
+        raise BackendUnavailable(f"backend {name!r} has an option {empty!r} without values")
     return cls
 
 
@@ -271,22 +302,24 @@ def candidates() -> Iterator[Candidate]:
     return (probe(name) for name in names())
 
 
-def select(spec: str | None = None) -> Backend:
+def select(spec: str | None = None, options: Mapping[str, str] | None = None) -> Backend:
     """The backend to use: an argument beats ``HELIOS_BACKEND`` beats ``auto``.
 
     Args:
         spec: ``name[:provider][:index]`` such as ``cuda:1``, ``ort:cuda``, ``reference:mps``; or ``auto``.
+        options: values of ``Backend.options``, by name. They do not change what ``auto`` chooses.
 
     Raises:
         UnknownBackend: nobody has that name.
+        InputError: the backend has no such option or value; says which it has.
         BackendUnavailable: it cannot run here; or, for ``auto``, none can.
     """
     spec = spec or os.environ.get("HELIOS_BACKEND") or "auto"
     if spec == "auto":
-        return _automatic()
+        return _automatic(options or {})
     name, provider, index = parse_spec(spec)
     cls = load(name)
-    backend = cls(provider, index)
+    backend = _made(cls, provider, index, options or {})
     devices = backend.devices()
     if all(device.index != index for device in devices):
         known = ", ".join(f"{d.index} ({d.name})" for d in devices) or "none"
@@ -303,16 +336,22 @@ def parse_spec(spec: str) -> tuple[str, str, int]:
     return name, rest[0] if rest else "", index
 
 
+def _made(cls: type[Backend], provider: str, index: int, options: Mapping[str, str]) -> Backend:
+    """An instance. Options are checked here: a class that has none need not take any."""
+    cls._require_options(options)
+    return cls(provider, index, **options)
+
+
 def _rank(name: str) -> tuple[float, str]:
     """Place in the order of ``auto``: ours by ``PREFERENCE``, those of others by name just before ``cpu``."""
     return (PREFERENCE.index(name) if name in PREFERENCE else PREFERENCE.index("cpu") - 0.5, name)
 
 
-def _automatic() -> Backend:
+def _automatic(options: Mapping[str, str]) -> Backend:
     for name in sorted(names(), key=_rank):
         candidate = probe(name)
         if candidate.cls is not None and not candidate.passed_over:
-            return candidate.cls(index=candidate.devices[0].index)
+            return _made(candidate.cls, "", candidate.devices[0].index, options)
     raise BackendUnavailable("no backend can run here", fix="`helios doctor` says why, backend by backend")
 
 

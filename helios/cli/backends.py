@@ -32,6 +32,9 @@ def backends(json: JsonOption = False) -> None:
             output.line(f"\n{backend['name']}: {backend['why']}")
             if backend["fix"]:
                 output.fix(backend["fix"], "  ")
+        elif backend["options"]:
+            options = (f"--backend-option {name}={'|'.join(values)}" for name, values in backend["options"].items())
+            output.line(f"\n{backend['name']} takes {', '.join(options)}; the first value is the default")
     _say_choice(auto, variable)
 
 
@@ -45,6 +48,7 @@ def describe(candidate: Candidate) -> dict[str, Any]:
         "devices": [{"index": d.index, "name": d.name, "memory": d.memory} for d in candidate.devices],
         "precisions": [],
         "fusions": [],
+        "options": {},
         "kernels": 0,
     }
     if candidate.cls is not None:
@@ -52,6 +56,7 @@ def describe(candidate: Candidate) -> dict[str, Any]:
             backend = candidate.cls()
             data["precisions"], data["fusions"] = list(backend.precisions), list(backend.fusions)
             data["kernels"] = len(backend.kernels)
+            data["options"] = {name: list(values) for name, values in backend.options.items()}
         except Exception as error:
             why = f"it raised {type(error).__name__}: {error}"
             data |= {"available": False, "why": why, "fix": "report this to the backend's maintainer"}

@@ -15,6 +15,7 @@ import typer
 from helios.cli import output
 from helios.cli.options import (
     BackendOption,
+    BackendOptionsOption,
     FallbackOption,
     HeightOption,
     JsonOption,
@@ -23,6 +24,7 @@ from helios.cli.options import (
     SizeOption,
     VariantOption,
     WidthOption,
+    backend_options,
     setting,
 )
 from helios.errors import BackendError, InputError, unknown_name
@@ -48,6 +50,7 @@ def bench(
     width: WidthOption = 640,
     precision: PrecisionOption = None,
     backend: BackendOption = None,
+    backend_option: BackendOptionsOption = None,
     fallback: FallbackOption = None,
     repeat: Annotated[int, typer.Option(metavar="N", help="Timed runs of each step, after one to warm up.")] = 5,
     json: JsonOption = False,
@@ -60,7 +63,7 @@ def bench(
         raise InputError(f"--repeat {repeat}: wanted at least 1", fix="--repeat 5")
     from helios.backend import select
 
-    chosen = select(backend)
+    chosen = select(backend, backend_options(backend_option))
     name = precision or chosen.precisions[0]
     asked = setting(size, variant, height, width, name)
     if name not in chosen.precisions:
@@ -82,6 +85,7 @@ def machine(backend: Backend, precision: str) -> dict[str, Any]:
     device = next((d.name for d in backend.devices() if d.index == backend.index), "")
     return {
         "backend": backend.label,
+        "options": dict(backend.chosen),
         "device": device,
         "precision": precision,
         "cpu": host.cpu,

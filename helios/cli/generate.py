@@ -11,7 +11,15 @@ import typer
 
 from helios.cli import output
 from helios.cli.job import Asked, Job, prepare, read_prompts, resume_command
-from helios.cli.options import BackendOption, FallbackOption, PrecisionOption, StepsOption
+from helios.cli.options import (
+    BackendOption,
+    BackendOptionsOption,
+    FallbackOption,
+    MemoryOption,
+    PrecisionOption,
+    StepsOption,
+    backend_options,
+)
 from helios.cli.progress import Report
 from helios.errors import HeliosError, InputError
 
@@ -88,6 +96,8 @@ def generate(
     prompts: PromptsOption = None,
     seed: SeedOption = None,
     backend: BackendOption = None,
+    backend_option: BackendOptionsOption = None,
+    memory: MemoryOption = None,
     precision: PrecisionOption = None,
     fallback: FallbackOption = None,
     resume: ResumeOption = False,
@@ -123,6 +133,7 @@ def generate(
         overwrite,
         from_chunk,
         run,
+        backend_options(backend_option, memory),
     )
     job = prepare(asked)
     _introduce(job)
@@ -144,7 +155,9 @@ def _steps(text: str | None) -> tuple[int, ...] | int | None:
 
 def _introduce(job: Job) -> None:
     request, pipeline = job.request, job.pipeline
-    typer.echo(f"{pipeline.model.name}, on {pipeline.backend.label} in {pipeline.precision}")  # a path is not wrapped
+    options = "".join(f", {name} {value}" for name, value in pipeline.backend.unusual.items())
+    where = f"on {pipeline.backend.label}{options} in {pipeline.precision}"
+    typer.echo(f"{pipeline.model.name}, {where}")  # a path is not wrapped
     if pipeline.random_weights:
         output.line("RANDOM WEIGHTS: the video is noise, and says so in its frames and its metadata", "bold yellow")
     steps = ",".join(map(str, request.steps))

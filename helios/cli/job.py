@@ -51,6 +51,7 @@ class Asked:
     overwrite: bool = False
     from_chunk: int | None = None
     run: Path | None = None
+    backend_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(slots=True)
@@ -256,12 +257,15 @@ def _load(asked: Asked, about: Mapping[str, Any]) -> Pipeline:
     if "model" not in named and "size" not in named:
         named = {**about["model"], **named}
     kept = about.get("execution", {})
+    # As everywhere, option before variable; but a run goes on where it was before anything is chosen anew.
+    backend = asked.backend or os.environ.get("HELIOS_BACKEND") or kept.get("backend")
+    same = backend is not None and backend.partition(":")[0] == kept.get("backend", "").partition(":")[0]
     return helios.load(
         named.get("model"),
         size=named.get("size"),
         variant=named.get("variant"),
-        # As everywhere, option before variable; but a run goes on where it was before anything is chosen anew.
-        backend=asked.backend or os.environ.get("HELIOS_BACKEND") or kept.get("backend"),
+        backend=backend,
+        backend_options={**(kept.get("options", {}) if same else {}), **asked.backend_options},
         precision=asked.precision or kept.get("precision"),
         fallback=asked.fallback or os.environ.get("HELIOS_FALLBACK") or kept.get("fallback") or "error",
     )
@@ -302,6 +306,7 @@ def _about(asked: Asked, pipeline: Pipeline, request: Request, old: Mapping[str,
         "model": named,
         "execution": {
             "backend": pipeline.backend.label,
+            **({"options": dict(pipeline.backend.chosen)} if pipeline.backend.chosen else {}),
             "precision": pipeline.precision,
             "fallback": pipeline.fallback,
         },

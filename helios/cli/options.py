@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,15 +19,18 @@ __all__ = [
     "MAKE_VIDEO",
     "PORT",
     "BackendOption",
+    "BackendOptionsOption",
     "FallbackOption",
     "HeightOption",
     "JsonOption",
+    "MemoryOption",
     "PrecisionOption",
     "PyramidStageOption",
     "SizeOption",
     "StepsOption",
     "VariantOption",
     "WidthOption",
+    "backend_options",
     "dtype_of",
     "setting",
 ]
@@ -55,6 +59,23 @@ BackendOption = Annotated[
         show_default=False,
     ),
 ]
+BackendOptionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backend-option",
+        metavar="NAME=VALUE",
+        help="Of the backend, as often as needed; `helios backends` lists what each has.",
+        show_default=False,
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="full|low",
+        help="low keeps weights that do not fit in host memory; short for --backend-option memory=low.",
+        show_default=False,
+    ),
+]
 FallbackOption = Annotated[
     str | None,
     typer.Option(
@@ -69,6 +90,22 @@ StepsOption = Annotated[
         metavar="N[,N,N]", help="Solver steps, one number or one a pyramid stage.", show_default="the variant's"
     ),
 ]
+
+
+def backend_options(given: Sequence[str] | None, memory: str | None = None) -> dict[str, str]:
+    """``NAME=VALUE``, as often as it was given, and the value of ``--memory``, by name.
+
+    Raises:
+        InputError: a text without ``=``, or two values for one name.
+    """
+    chosen: dict[str, str] = {}
+    for text in [*(given or ()), *([] if memory is None else [f"memory={memory}"])]:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals and value):
+            raise InputError(f"--backend-option {text}: wanted NAME=VALUE", "--backend-option memory=low")
+        if chosen.setdefault(name, value) != value:
+            raise InputError(f"option {name!r} of the backend is given as {chosen[name]!r} and as {value!r}")
+    return chosen
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -205,6 +205,7 @@ class Pipeline:
             decoding = plan_of(self.codec.choose(request.batch, CHUNK_LATENTS, request.height, request.width))
         return {
             "backend": self.backend.label,
+            **({"options": dict(self.backend.chosen)} if self.backend.chosen else {}),
             "precision": self.precision,
             "fallback": self.fallback,
             "model": self.model.identity,
@@ -308,6 +309,7 @@ def load(
     precision: str | None = None,
     fallback: str = "error",
     seed_weights: int = 0,
+    backend_options: Mapping[str, str] | None = None,
 ) -> Pipeline:
     """A pipeline, ready for requests; weights are read at the first one.
 
@@ -319,14 +321,18 @@ def load(
         precision: ``fp32``, ``bf16`` or ``fp64``; default: the backend's first.
         fallback: ``error`` or ``reference``, for ops that the backend lacks.
         seed_weights: of random weights.
+        backend_options: of a backend given by name, such as ``{"memory": "low"}``; `helios backends` lists them.
 
     Raises:
-        InputError: neither or both of folder and size, or an unknown name. CheckpointError: the folder. BackendError.
+        InputError: neither or both of folder and size, an unknown name, or options for an instance.
+        CheckpointError: the folder. BackendError.
     """
     if (path_or_repo is None) == (size is None):
         came = "neither a model nor a size" if size is None else "both a model and a size"
         raise InputError(f"{came} is given", "give a folder or repository, or a size for random weights")
-    chosen = backend if isinstance(backend, Backend) else backends.select(backend)
+    if isinstance(backend, Backend) and backend_options:
+        raise InputError("backend_options are given for a backend that is made already", "give its name instead")
+    chosen = backend if isinstance(backend, Backend) else backends.select(backend, backend_options)
     name = precision or chosen.precisions[0]
     if name not in chosen.precisions:
         raise InputError(unknown_name(f"precision of backend {chosen.name!r}", name, chosen.precisions))

@@ -76,7 +76,7 @@ def test_a_result_that_no_network_gives_is_not_timed(
             silu = known["silu"].run
             return known | {"silu": Kernel(lambda x: silu(x) * float("nan"))}
 
-    monkeypatch.setattr("helios.backend.select", lambda spec=None: Broken())
+    monkeypatch.setattr("helios.backend.select", lambda spec=None, options=None: Broken())
     assert main([*TINY, "--pyramid-stage", "0"]) == 2
     assert "not finite, or all the same" in capsys.readouterr().err
 
@@ -89,7 +89,7 @@ def test_a_backend_without_a_kernel_needs_leave_to_fall_back(
         def kernels(self) -> dict[str, Kernel]:  # type: ignore[override]
             return {name: kernel for name, kernel in super().kernels.items() if name != "gelu"}
 
-    monkeypatch.setattr("helios.backend.select", lambda spec=None: Partial())
+    monkeypatch.setattr("helios.backend.select", lambda spec=None, options=None: Partial())
     assert main([*TINY, "--pyramid-stage", "0"]) == 2
     assert "--fallback reference" in capsys.readouterr().err
     assert main([*TINY, "--pyramid-stage", "0", "--fallback", "reference"]) == 0

@@ -82,7 +82,7 @@ def checks(make: Make, size: str, height: int, width: int) -> Iterator[Check]:
     Args:
         make: the backend with its options.
     """
-    eager = Steps(make(graphs=False), size, height, width)
+    eager = Steps(make(graphs="off"), size, height, width)
     wanted = eager.all()
     yield "steps differ from stage to stage and from context to context", _distinct(wanted)
     captured = Steps(make(), size, height, width)

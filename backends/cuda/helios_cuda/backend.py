@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from helios import op
 from helios.backend import Backend, DeviceInfo, Kernel
-from helios.errors import InputError, unknown_name
+from helios.errors import InputError
 from helios.lower import compile_kernels
 from helios.passes import Plan
 from helios.program import Program
@@ -34,8 +34,8 @@ class CudaBackend(Backend):
         provider: "" for the GPU; ``interpret`` runs the same kernels in Triton's interpreter on the CPU: slow, and
             labelled emulated wherever its results show.
         index: of the GPU.
-        graphs: whether steps are captured as CUDA graphs and replayed.
-        memory: ``full`` has all weights on the GPU; ``low`` keeps those that do not fit in host memory.
+        options: ``memory``: ``full`` has all weights on the GPU, ``low`` keeps those that do not fit in host memory.
+            ``graphs``: whether steps are captured as CUDA graphs and replayed.
 
     Attributes:
         eager: why steps run kernel by kernel; empty where they are captured.
@@ -55,15 +55,13 @@ class CudaBackend(Backend):
         "unipc_step",
     )
 
-    def __init__(
-        self, provider: str = "", index: int = 0, *, graphs: bool = True, memory: Literal["full", "low"] = "full"
-    ) -> None:
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"memory": ("full", "low"), "graphs": ("on", "off")}
+
+    def __init__(self, provider: str = "", index: int = 0, **options: str) -> None:
         if provider not in ("", INTERPRET):
             raise InputError(f"backend 'cuda' has no provider {provider!r}", fix=f"cuda, cuda:1 or cuda:{INTERPRET}")
-        if memory not in ("full", "low"):
-            raise InputError(unknown_name("memory of backend 'cuda'", memory, ("full", "low")))
-        super().__init__("", index)
-        self.low = memory == "low"
+        super().__init__("", index, **options)
+        self.low, graphs = self.chosen["memory"] == "low", self.chosen["graphs"] == "on"
         self._interpreted = provider == INTERPRET
         if self._interpreted:
             interpreter.interpret()

@@ -83,6 +83,7 @@ def _full(doing: str, device: str, text: str, memory: Memory) -> BackendError:
 
 
 _OTHERS = "`nvidia-smi` lists what else is on the GPU"
+_LOW = "--memory low (--backend-option memory=low)"
 
 
 def _gone(doing: str, device: str, text: str) -> BackendError:
@@ -109,10 +110,10 @@ def require_room(needed: int, told: tuple[int, int] | None, held: int, device: s
         return
     free, total = told[0] + held, told[1]
     if needed > total:
-        what, fix = "", 'stream them from the host: CudaBackend(memory="low"); `helios fit` says what fits'
+        what, fix = "", f"stream them from the host: {_LOW}; `helios fit` says what fits"
     else:
         what = f", {sized(total - free)} is in use"
-        fix = f'{_OTHERS}; end that, choose another (cuda:1), or stream the weights: CudaBackend(memory="low")'
+        fix = f"{_OTHERS}; end that, choose another (cuda:1), or stream the weights: {_LOW}"
     raise BackendError(
         f"the weights need {sized(needed)} on {device}; {sized(free)} of {sized(total)} is free{what}", fix
     )

@@ -32,7 +32,7 @@ def test_a_gpu_and_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         "convolution": {},
     }
     assert CudaBackend().execution_plan() == wanted
-    changed = CudaBackend(graphs=False, memory="low").execution_plan()
+    changed = CudaBackend(graphs="off", memory="low").execution_plan()
     assert changed == {**wanted, "graphs": "asked for", "memory": "low"}
     assert json.loads(json.dumps(changed)) == changed
 

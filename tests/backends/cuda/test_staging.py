@@ -61,7 +61,7 @@ class Elsewhere(CudaBackend):
     """A device that tensors can be sent to, and nothing more."""
 
     def __init__(self) -> None:
-        super().__init__(graphs=False)
+        super().__init__(graphs="off")
 
     @property
     def device(self) -> torch.device:

@@ -110,7 +110,7 @@ def _memory(x: Tensor) -> int:
 class OnCpu(CudaBackend):
     """The CUDA backend with kernels of torch on the CPU and the stand-in for its recorder."""
 
-    def __init__(self, refuses: Exception | None = None, *, graphs: bool = True) -> None:
+    def __init__(self, refuses: Exception | None = None, *, graphs: str = "on") -> None:
         super().__init__(graphs=graphs)
         self.pools: list[Pool] = []
         self.prepared = 0
@@ -194,7 +194,7 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def test_replays_give_what_kernels_give_through_every_switch_of_context() -> None:
-    captured, eager = OnCpu(), OnCpu(graphs=False)
+    captured, eager = OnCpu(), OnCpu(graphs="off")
     one, other = program(captured), program(eager)
     a, b = [contexts(one, s) for s in (1, 2)], [contexts(other, s) for s in (1, 2)]
     order = [(0, 0), (1, 1), (0, 0), (0, 1), (1, 0), (1, 0)]  # prompt and history change apart and together
@@ -298,7 +298,7 @@ def test_new_weights_are_captured_anew() -> None:
 
 def test_what_cannot_be_captured_runs_kernel_by_kernel_and_says_so() -> None:
     backend = OnCpu(RuntimeError("CUDA error: operation not permitted when stream is capturing"))
-    made, plain = program(backend), program(OnCpu(graphs=False))
+    made, plain = program(backend), program(OnCpu(graphs="off"))
     a, b = contexts(made, 1), contexts(plain, 1)
     with pytest.warns(RuntimeWarning, match=r"kernel by kernel, not as CUDA graphs: large: .*not permitted"):
         first = made.run("small", sample(1), a[0] | a[1])
