@@ -6,14 +6,18 @@ a device that torch can address. It registers by the entry point ``helios.backen
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 import helios.ops  # noqa: F401  (registers the opset)
 from helios import op
@@ -141,6 +145,33 @@ class Backend:
 
     def synchronize(self) -> None:
         """Wait for the device."""
+
+    def mark(self) -> Any:
+        """A point in time: when all work that was put on the device before is done. Here the host waits for it; a
+        backend whose device keeps its own time need not."""
+        self.synchronize()
+        return time.perf_counter()
+
+    def seconds_between(self, first: Any, second: Any) -> float:
+        """Seconds from one mark to a later one; waits for that."""
+        return float(second - first)
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """A tensor in host memory, when it is finished; of the meta device, which holds no numbers, zeros of its shape.
+
+        Raises:
+            BackendError: the device failed in work that was queued before, and the backend can say how.
+        """
+        with self.explained("its work"):
+            return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.cpu()
+
+    def explained(self, doing: str) -> AbstractContextManager[None]:
+        """Within, what the device raises is told as a BackendError, where the backend knows what it means.
+
+        Args:
+            doing: for the sentence "no room for …", such as ``the weights``.
+        """
+        return contextlib.nullcontext()
 
     def memory(self) -> tuple[int, int] | None:
         """Free and total bytes of the device, where it can say."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from helios.backend import Backend
 from helios.graph import Graph
 from helios.lower import lower
+from helios.media import to_frames
 from helios.model.config import VaeConfig
 from helios.model.vae_run import VaeRunner, decode_graphs, encode_graphs
 from helios.model.vae_split import Half, Split, Tile, choose_split
@@ -19,7 +20,7 @@ from helios.op import accumulator
 from helios.ops.conv import sample_posterior
 from helios.program import Coverage, Program, WeightReader
 
-__all__ = ["Codec", "free_memory", "to_host"]
+__all__ = ["Codec", "free_memory", "host_frames", "to_host"]
 
 SHARE = 0.5
 """Part of the free memory that the VAE's activations may take."""
@@ -101,7 +102,7 @@ class Codec:
         size = {"height": height, "width": width}
         graphs = encode_graphs(self.config, batch=batch, frames=frames, dtype=self.dtype, split=split, **size)
         wide = accumulator(self.dtype)
-        moments = to_host(self._runner("encode", graphs, split).moments(video)).to(wide)
+        moments = self.backend.fetch(self._runner("encode", graphs, split).moments(video)).to(wide)
         moments = moments.expand(noise.shape[0], *moments.shape[1:])
         return sample_posterior(moments, noise.to(wide), mean=self.config.latents_mean, std=self.config.latents_std)
 
@@ -120,6 +121,16 @@ class Codec:
     def release(self, half: Half) -> None:
         """Free one direction's weights."""
         self._slots[half] = _Slot()
+
+
+def host_frames(backend: Backend, video: Tensor) -> Tensor:
+    """A decoded video as frames on the host: ``[b, 3, f, h, w]`` on the device to uint8 ``[b, f, h, w, 3]``.
+
+    Raises:
+        BackendError: see ``Backend.fetch``; here the host first asks what became of all that it had queued.
+    """
+    with backend.explained("the frames"):
+        return backend.fetch(to_frames(backend.fetch(video) if video.is_meta else video))
 
 
 def to_host(tensor: Tensor) -> Tensor:

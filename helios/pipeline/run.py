@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,18 +13,17 @@ from torch import Tensor
 
 from helios.backend import Backend
 from helios.errors import StateError
-from helios.media import to_frames
 from helios.model.config import SchedulerConfig, TransformerConfig
 from helios.model.text import TextEncoder
 from helios.model.vae_split import Split
-from helios.pipeline.codec import Codec, to_host
+from helios.pipeline.codec import Codec, host_frames
 from helios.pipeline.denoise import Denoiser, Guidance
 from helios.pipeline.history import CHUNK_LATENTS
 from helios.pipeline.prompts import PromptState
 from helios.pipeline.request import Request
 from helios.pipeline.state import RunState
 from helios.program import Context
-from helios.sampler import CounterNoise, DiffusersNoise, Noise, Schedule, build_schedule, pyramid_tokens
+from helios.sampler import AheadNoise, CounterNoise, DiffusersNoise, Noise, Schedule, build_schedule, pyramid_tokens
 
 __all__ = ["Chunk", "Progress", "Run", "noise_of"]
 
@@ -72,18 +72,22 @@ def noise_of(request: Request) -> Noise:
 
 
 class _Laps:
-    """Seconds of each part, with the device's work waited for."""
+    """Seconds of each part, by the backend's marks."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.begin = self.last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
+        self.begin = time.perf_counter()
+        self._marks = [("begin", backend.mark())]
 
     def lap(self, name: str) -> None:
-        self.backend.synchronize()
-        now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now
-        self.seconds["total"] = now - self.begin
+        """The part of that name ends with what is queued so far."""
+        self._marks.append((name, self.backend.mark()))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part, and ``total``; waits for the last."""
+        between = self.backend.seconds_between
+        parts = {name: between(start, end) for (_, start), (name, end) in itertools.pairwise(self._marks)}
+        return {**parts, "total": between(self._marks[0][1], self._marks[-1][1])}
 
 
 class Run:
@@ -114,6 +118,7 @@ class Run:
         self.request, self.denoiser, self.codec, self.text = request, denoiser, codec, text
         self.transformer, self.scheduler = transformer, scheduler
         self.split, self.plan, self.progress = split, plan, progress
+        self._noise = AheadNoise(request.seed) if request.rng == "helios" else None
         self._embeddings: dict[str, Tensor] = {}
         self._negative: Context | None = None
         self._prompt: tuple[Any, Context] | None = None
@@ -127,7 +132,7 @@ class Run:
         """
         self._require_fit(state)
         laps = _Laps(self.codec.backend)
-        noise = noise_of(self.request)
+        noise = self._noise or noise_of(self.request)
         noise.restore(state.rng)
         prompt = self._prompt_state(state)
         guidance = self._guidance(prompt, state.chunk)
@@ -145,11 +150,18 @@ class Run:
         )
         laps.lap("denoise")
         video = self.codec.decode(latents, self.split)
-        frames = to_frames(to_host(video) if video.is_meta else video).cpu()
+        self._draw_ahead(state.chunk + 1)
+        frames = host_frames(self.codec.backend, video)
+        host = self.codec.backend.fetch(latents)
         laps.lap("decode")
-        host = to_host(latents)
         warnings, self._warnings = tuple(self._warnings), []
-        return Chunk(state.chunk, host, frames, self._after(state, host, prompt, noise), laps.seconds, warnings)
+        return Chunk(state.chunk, host, frames, self._after(state, host, prompt, noise), laps.seconds(), warnings)
+
+    def _draw_ahead(self, chunk: int) -> None:
+        """Draw for the next chunk while the device decodes this one; where the host decodes, nothing is won."""
+        more = self.request.chunks is None or chunk < self.request.chunks
+        if more and self._noise is not None and self.codec.backend.device.type != "cpu":
+            self._noise.draw(chunk)
 
     def _require_fit(self, state: RunState) -> None:
         layout = self.denoiser.layout
@@ -193,7 +205,8 @@ class Run:
     def _embeds(self, texts: tuple[str, ...]) -> Tensor:
         for text in texts:
             if text not in self._embeddings:
-                encoded = self.text.encode(text, self.request.tokens)
+                with self.codec.backend.explained("the text encoder"):
+                    encoded = self.text.encode(text, self.request.tokens)
                 self._embeddings[text] = encoded.embedding
                 if encoded.cut:
                     kept = f"the prompt is longer than {self.request.tokens} tokens"

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from helios.errors import InputError, StateError
-from helios.media import SegmentWriter, to_frames
+from helios.media import SegmentWriter
 from helios.media.storage import atomic, writing
-from helios.pipeline.codec import Codec, split_of, to_host
+from helios.pipeline.codec import Codec, host_frames, split_of
 from helios.pipeline.request import FPS
 from helios.pipeline.run import Chunk
 from helios.pipeline.state import RunState
@@ -236,7 +236,7 @@ def lock(path: Path) -> Iterator[None]:
 def decode_again(codec: Codec, saved: Saved) -> Tensor:
     """The frames of a finished chunk, ``[b, 33, h, w, 3]`` uint8 on the host, decoded in the way that its plan says."""
     video = codec.decode(saved.latents.to(codec.backend.device), split_of(saved.state.plan["vae"]))
-    return to_frames(to_host(video) if video.is_meta else video).cpu()
+    return host_frames(codec.backend, video)
 
 
 def chunk_bytes(height: int, width: int, latents: int, history: int) -> int:

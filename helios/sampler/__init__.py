@@ -6,6 +6,7 @@ numbers. Nothing here knows a device.
 
 from __future__ import annotations
 
+from helios.sampler.ahead import AheadNoise
 from helios.sampler.guidance import guidance_coeffs
 from helios.sampler.noise import CounterNoise, DiffusersNoise, Noise
 from helios.sampler.schedule import Schedule, Stage, build_schedule, pyramid_tokens
@@ -13,6 +14,7 @@ from helios.sampler.shift import calculate_shift
 from helios.sampler.unipc import UniPCState
 
 __all__ = [
+    "AheadNoise",
     "CounterNoise",
     "DiffusersNoise",
     "Noise",

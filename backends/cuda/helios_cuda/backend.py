@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from helios import op
 from helios.backend import Backend, DeviceInfo, Kernel
@@ -20,7 +22,7 @@ from helios_cuda.attention_libraries import describe
 from helios_cuda.graphs import CudaRecorder, Recorder
 from helios_cuda.later import Later
 from helios_cuda.program import CudaProgram
-from helios_cuda.staging import CudaLink, Link
+from helios_cuda.staging import CudaLink, Landing, Link
 
 __all__ = ["CudaBackend"]
 
@@ -90,7 +92,7 @@ class CudaBackend(Backend):
 
     def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
         program = compile_kernels(plan, self, fallback=fallback, program=CudaProgram)
-        with failures.explained("the choice of attention", self.label, self.memory):
+        with self.explained("the choice of attention"):
             self.attention.settle(forms(plan))
         self._settle_convolutions(plan)
         return program
@@ -100,13 +102,42 @@ class CudaBackend(Backend):
             return
         from helios_cuda import convolution  # which imports Triton
 
-        with failures.explained("the choice of convolutions", self.label, self.memory):
+        with self.explained("the choice of convolutions"):
             convolution.settle(convolution.forms(plan), self.device, str(describe(self.device)))
 
     def synchronize(self) -> None:
         if not self._interpreted:
-            with failures.explained("its work", self.label, self.memory):
+            with self.explained("its work"):
                 torch.cuda.synchronize(self.device)
+
+    def mark(self) -> Any:
+        if self.device.type != "cuda":
+            return super().mark()
+        with self.explained("its work"):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            return event
+
+    def seconds_between(self, first: Any, second: Any) -> float:
+        if self.device.type != "cuda":
+            return super().seconds_between(first, second)
+        with self.explained("its work"):
+            second.synchronize()
+            return float(first.elapsed_time(second)) / 1e3
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type in ("cpu", "meta") or self._landing is None:
+            return super().fetch(tensor)
+        with self.explained("its work"):
+            return self._landing.fetch(tensor)
+
+    @functools.cached_property
+    def _landing(self) -> Landing | None:
+        link = self.link()
+        return None if link is None else Landing(link)
+
+    def explained(self, doing: str) -> AbstractContextManager[None]:
+        return failures.explained(doing, self.label, self.memory)
 
     def memory(self) -> tuple[int, int] | None:
         return None if self._interpreted else torch.cuda.mem_get_info(self.device)

@@ -12,10 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CudaLink", "Link", "Mark", "Staging"]
+__all__ = ["CudaLink", "Landing", "Link", "Mark", "Staging"]
 
 SLICE = 32 << 20
 """Bytes of a slice: 0.6 ms on a bus of 55 GB/s, and so long that nothing but the copying counts."""
+
+LANDING = 4 << 20
+"""Bytes of a slice on the way back: frames of a chunk, 24 MB at 384 × 640, are emptied while they arrive."""
 
 Mark = Any
 """A point in a queue of the device's work: all that was put there before it."""
@@ -29,7 +32,7 @@ class Link(Protocol):
         ...
 
     def send(self, target: Tensor, source: Tensor, after: Mark | None = None) -> Mark:
-        """Queue a copy from pinned host memory to the device, to begin after a mark; returns its own mark."""
+        """Queue a copy between pinned host memory and the device, to begin after a mark; returns its own mark."""
         ...
 
     def mark(self) -> Mark:
@@ -117,3 +120,41 @@ class Staging:
         for mark in self._marks:
             if mark is not None:
                 self._link.wait(mark)
+
+
+class Landing:
+    """Brings tensors to the host through two pinned slices, which it keeps.
+
+    To copy into pinned memory of the result's own would save the host's copy; but results are kept, chunk by chunk, and
+    pinned memory is dear to take and to hold.
+
+    Args:
+        link: to the device.
+        nbytes: of a slice.
+    """
+
+    def __init__(self, link: Link, nbytes: int = LANDING) -> None:
+        self._link = link
+        self._slices = [link.pinned(nbytes) for _ in range(2)]
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """A tensor of the device in ordinary host memory, contiguous, when what computes it is done."""
+        landed = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if not tensor.numel():
+            return landed
+        source, ready = tensor.detach().contiguous().view(-1), self._link.mark()
+        count = self._slices[0].numel() // tensor.element_size()
+        waiting: tuple[Tensor, Tensor, Mark] | None = None
+        for turn, (piece, target) in enumerate(zip(source.split(count), landed.view(-1).split(count), strict=True)):
+            staged = self._slices[turn % 2][: piece.numel() * piece.element_size()].view(piece.dtype)
+            mark = self._link.send(staged, piece, ready)
+            self._empty(waiting)  # while this one is on its way
+            waiting = target, staged, mark
+        self._empty(waiting)
+        return landed
+
+    def _empty(self, waiting: tuple[Tensor, Tensor, Mark] | None) -> None:
+        if waiting is not None:
+            target, staged, mark = waiting
+            self._link.wait(mark)
+            target.copy_(staged)
