@@ -1,7 +1,7 @@
 """Right backends on the suite's cases, seed after seed: how many fail, and how near to its bound each statistic comes.
 
 Usage: ``python tools/false_alarms.py [--backend NAME]… [--precision P]… [--level LEVEL] [--seeds N]
-[--suite quick|full] [ID…]``. ``--level`` is the highest that runs. Exit 1 if any case fails.
+[--suite quick|full] [ID…]``. ``--level`` is the highest that runs. Exit 1 if any case fails, 2 if there is none.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def main() -> int:
         for precision in arguments.precision or PRECISIONS:
             levels = suite.levels_up_to(arguments.level)
             cases = suite.choose(precision, arguments.suite, levels, arguments.ids)
+            if not cases:
+                parser.error(f"no case of {precision} at the level {arguments.level} or below has such an id")
             started = time.perf_counter()
             nearest: dict[str, tuple[float, str]] = {}
             wrong = 0
