@@ -6,7 +6,7 @@
 # A part is a file tools/gpu/part_NAME.py. Each ends inside 8 minutes, goes on where the last run ended, writes to
 # ${OUT:-out/gpu} and prints a short table last. Nothing is installed and no setting of the device is changed.
 # PYTHON names another interpreter; HELIOS_COMMIT the commit, where the tree came without git; PREVIOUS a folder of
-# earlier results to go on with. What stands after the options of this list goes to the part.
+# earlier results to go on with. What stands after the options of this list goes to the part; all takes none of those.
 # Exit code: 0 all well, 1 a result is wrong or failed, 2 a part is not written yet or the machine cannot run it.
 set -euo pipefail
 
@@ -44,7 +44,7 @@ trap 'rm -rf "$SCRATCH"' EXIT
 [[ $OUT = /* ]] || OUT=$PWD/$OUT
 mkdir -p "$OUT"
 if [[ -n ${PREVIOUS:-} ]]; then  # results of an earlier machine, to go on with
-    for log in "$PREVIOUS"/*.jsonl; do
+    for log in "$PREVIOUS"/*.jsonl "$PREVIOUS"/certify.zip; do
         if [[ -f $log && ! -e $OUT/${log##*/} ]]; then cp "$log" "$OUT/"; fi
     done
 fi

@@ -18,18 +18,22 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["Clock", "DeviceLostError", "Item", "NotThereError", "Record", "Results", "run_items"]
+__all__ = ["Clock", "DeviceLostError", "Item", "LaterError", "NotThereError", "Record", "Results", "run_items"]
 
 Record: TypeAlias = dict[str, Any]
 
-SAME = ("part", "device", "driver", "torch", "triton", "cudnn", "tiny")
-"""Fields of the header without which a figure means something else."""
+SAME = ("part", "device", "driver", "torch", "triton", "cudnn", "tiny", "code")
+"""Fields of the header without which a figure means something else; ``code`` is the commit, where ours is measured."""
 FINISHED = ("measured", "wrong", "died")
 MOST_STARTS = 2
 
 
 class NotThereError(Exception):
     """A library, or a feature of it, that this machine does not have; the text says why."""
+
+
+class LaterError(Exception):
+    """There was not time enough for all of it; a later run goes on. The text says how far it came."""
 
 
 class DeviceLostError(Exception):
@@ -155,6 +159,8 @@ def _attempt(item: Item, results: Results, clock: Clock) -> Record:
         return item.record("wrong" if taken.get("correct") is False else "measured", **taken)
     except NotThereError as error:
         return item.record("not there", why=f"not there: {error}")
+    except LaterError as error:
+        return item.record("not measured", why=f"not measured: {error}")
     except Exception as error:  # a library may raise anything, and the next measurement has to go on
         why = f"{type(error).__name__}: {_first_line(error)}"
     return item.record("failed" if _device_lives() else "died", why=why)
