@@ -43,6 +43,7 @@ from torch import Tensor
 from helios.errors import BackendError, InputError, unknown_name
 from helios.passes import Plan
 from helios_cuda.attention_libraries import LIBRARIES, TRITON, Device, Form, Library, describe
+from helios_cuda.choice import RESUME, elapsed, fastest, reason
 
 __all__ = ["MEASURE", "Chooser", "Clock", "device_clock", "forms"]
 
@@ -53,11 +54,9 @@ MEASURE = "measure"
 SECONDS = 1.0
 """That all timed calls of one ``settle`` may take together, about. Loading and compiling libraries comes on top."""
 REPEATS = 9
-DRAW = 1.02
 BOUND = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-8, torch.float32: 2.0**-12}
 """Of the relative error of a library's result, in the Euclidean norm; four times and more what a right one has."""
 ROWS = 16
-RESUME = "install what the plan was made with and continue on the same kind of device, or start a new run"
 
 
 def forms(plan: Plan) -> list[Form]:
@@ -68,12 +67,7 @@ def forms(plan: Plan) -> list[Form]:
 
 def device_clock(call: Callable[[], object]) -> float:
     """Between two events on the current stream."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop))
+    return 1e3 * elapsed(call)
 
 
 class Chooser:
@@ -158,8 +152,8 @@ class Chooser:
             by_name = self._name != MEASURE
             self._plan[str(form)] = self._named(form) if by_name else self._entry(self._libraries[TRITON.name], {}, {})
         library = self._libraries[self._plan[str(form)]["library"]]
-        if reason := library.there(form, self._here):
-            raise BackendError(f"the plan has {library.name} for attention of {form}: {reason}", RESUME)
+        if why := library.there(form, self._here):
+            raise BackendError(f"the plan has {library.name} for attention of {form}: {why}", RESUME)
         self._settled[form] = library
         return library
 
@@ -199,23 +193,22 @@ class Chooser:
         refused: dict[str, str] = {}
         able: list[Library] = []
         for library in self._libraries.values():
-            if reason := library.there(form, self._here):
-                refused[library.name] = reason
+            if why := library.there(form, self._here):
+                refused[library.name] = why
             else:
                 able.append(library)
         if len(able) == 1:
             return self._entry(able[0], {}, refused)
         ms = self._measure(form, able, budget / len(able), refused)
         if not ms:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
             raise BackendError(f"no attention library runs {form} on {self._here}: {reasons}")
-        bar = DRAW * min(ms.values())
-        return self._entry(next(x for x in able if ms.get(x.name, bar + 1) <= bar), ms, refused)
+        return self._entry(self._libraries[fastest(ms)], ms, refused)
 
     def _named(self, form: Form) -> dict[str, Any]:
         library = self._libraries[self._name]
-        if reason := library.there(form, self._here):
-            why = f"attention by {library.name} was asked for, which cannot run {form}: {reason}"
+        if why := library.there(form, self._here):
+            why = f"attention by {library.name} was asked for, which cannot run {form}: {why}"
             raise BackendError(why, fix=f"ask for {MEASURE!r}, or for {TRITON.name!r}, which runs everything")
         return self._entry(library, {}, {})
 
@@ -232,7 +225,7 @@ class Chooser:
                 else:
                     refused[library.name] = f"its result is wrong: relative error {error:.2g}"
             except Exception as problem:  # of any kind: libraries have no common one, and there are others
-                refused[library.name] = (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]
+                refused[library.name] = reason(problem)
         return ms
 
     def _time(self, call: Callable[[], object], share: float) -> float:

@@ -21,7 +21,7 @@ import torch
 
 from helios.errors import BackendError
 
-__all__ = ["Choices", "Clock", "Variant", "device_clock"]
+__all__ = ["RESUME", "Choices", "Clock", "Variant", "device_clock", "elapsed", "fastest", "reason"]
 
 Clock = Callable[[Callable[[], object]], float]
 """Seconds that one call takes on the device."""
@@ -131,14 +131,12 @@ class Choices:
                 if not why:
                     seconds[name] = clock(functools.partial(variant.run, *inputs))
             except RuntimeError as error:  # out of memory, or a library that refuses the shape
-                why = str(error).strip().splitlines()[0][:200]
+                why = reason(error)
             if why:
                 why_not[name] = why
             if why and name == self.first:  # a measurement takes more memory than one call: nothing to compare with
                 break
-        best = self.first
-        for name, taken in seconds.items():
-            best = name if taken * DRAW < seconds[best] else best
+        best = fastest(seconds) if seconds else self.first
         self.record[key] = self._entry(best, device, seconds, why_not)
         return best
 
@@ -155,6 +153,27 @@ class Choices:
         }
 
 
+def fastest(times: Mapping[str, float]) -> str:
+    """The first whose time is that of the quickest, or a draw with it."""
+    bar = DRAW * min(times.values())
+    return next(name for name, taken in times.items() if taken <= bar)
+
+
+def reason(error: Exception) -> str:
+    """What a record says of an error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def elapsed(call: Callable[[], object]) -> float:
+    """Seconds of one call, between two events on the current stream."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
+
+
 def device_clock(call: Callable[[], object], *, repeats: int = 5, budget: float = 0.2) -> float:
     """The median of a few calls between CUDA events on the current stream, after one to warm up.
 
@@ -166,10 +185,5 @@ def device_clock(call: Callable[[], object], *, repeats: int = 5, budget: float 
     torch.cuda.current_stream().synchronize()
     taken: list[float] = []
     while len(taken) < repeats and math.fsum(taken) < budget:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        taken.append(start.elapsed_time(stop) / 1e3)
+        taken.append(elapsed(call))
     return statistics.median(taken)
