@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import html
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from helios.errors import CheckpointError, InputError
 from helios.model.weights import SafetensorsFolder, WeightSource, check
 
-__all__ = ["Encoded", "NoText", "StandInText", "TextEncoder", "Umt5Text", "clean_prompt"]
+__all__ = ["Encoded", "NoText", "StandInText", "TextEncoder", "Umt5Text", "clean_prompt", "text_bytes"]
 
 REMEMBERED = 32
 """Embeddings kept on the host, 8 MB each at the published size, so that a prompt that comes back needs no encoder."""
@@ -53,6 +54,11 @@ class TextEncoder(Protocol):
 
     def release(self) -> None:
         """Free the encoder's memory; it comes back by itself when it is needed again."""
+
+
+def text_bytes(encoder: TextEncoder) -> int:
+    """What an encoder holds while it encodes, in bytes; 0 for all but UMT5, which are small or not ours to know."""
+    return encoder.nbytes if isinstance(encoder, Umt5Text) else 0
 
 
 def clean_prompt(text: str) -> str:
@@ -92,6 +98,13 @@ class Umt5Text:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return self._known[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights where it runs; read from the headers of its files."""
+        source = SafetensorsFolder(self.folder / "text_encoder")
+        names = [name for name in source.tensors if name != _EMBEDDINGS[1] or _EMBEDDINGS[0] not in source.tensors]
+        return sum(math.prod(source.tensors[name].shape) for name in names) * self.dtype.itemsize
 
     def release(self) -> None:
         self._loaded = None

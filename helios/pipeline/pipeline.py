@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -25,8 +26,10 @@ from helios import backend as backends
 from helios.backend import PRECISIONS, Backend
 from helios.errors import InputError, unknown_name
 from helios.graph import Rate
+from helios.model.room import RESERVE, encodes_first
+from helios.model.text import Encoded, text_bytes
 from helios.pipeline import condition
-from helios.pipeline.codec import Codec, plan_of, split_of
+from helios.pipeline.codec import Codec, free_memory, plan_of, split_of
 from helios.pipeline.denoise import Denoiser, Layout
 from helios.pipeline.history import CHUNK_LATENTS
 from helios.pipeline.model import Model, folder_model, sized_model
@@ -85,6 +88,8 @@ class Pipeline:
         vae = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.codec = Codec(model.vae, model.vae_weights, backend, vae, fallback)
         self._denoiser: Denoiser | None = None
+        self._apart: bool | None = None
+        self._encoded: dict[tuple[str, int], Encoded] = {}
 
     @property
     def variant(self) -> str:
@@ -198,7 +203,10 @@ class Pipeline:
         """
         if state is not None:
             self.backend.use_execution_plan(state.plan.get("execution", {}))
-        denoiser = self.denoiser(request)  # first: the VAE is given a share of what its weights leave free
+        self._encode_first(request, state)
+        denoiser = self.denoiser(
+            request
+        )  # before the VAE is cut: the VAE is given a share of what its weights leave free
         if state is not None and "vae" in state.plan:
             decoding = dict(state.plan["vae"])
         else:
@@ -234,6 +242,35 @@ class Pipeline:
             )
         return self._denoiser
 
+    @property
+    def apart(self) -> bool:
+        """Whether the text encoder and the transformer have no room at once, by what was free at the first request.
+
+        Then what a request says is encoded first, and the transformer loaded when the encoder is gone; of one with new
+        prompts it is loaded again. The same bits come of it.
+        """
+        if self._apart is None:
+            shapes = (info.shape for info in self.model.transformer_weights.tensors.values())
+            needed = sum(map(math.prod, shapes)) * self.dtype.itemsize
+            usable = int(free_memory(self.backend) * (1 - RESERVE))
+            self._apart = encodes_first(needed, text_bytes(self.text), usable)
+        return self._apart
+
+    def _encode_first(self, request: Request, state: RunState | None) -> None:
+        if not self.apart:
+            return
+        told = () if state is None else (*state.prompt.current, *state.prompt.previous)
+        parts = () if request.script is None else tuple(text for text, _ in request.script.parts)
+        texts = dict.fromkeys((*request.texts, *parts, *request.negatives, *(told if request.embeds is None else ())))
+        wanted = [(text, request.tokens) for text in texts]
+        known = {key: self._encoded[key] for key in wanted if key in self._encoded}
+        if len(known) < len(wanted):
+            self._denoiser = None
+            with self.backend.explained("the text encoder"):
+                known |= {key: self.text.encode(*key) for key in wanted if key not in known}
+            self.text.release()
+        self._encoded = known
+
     def release(self) -> None:
         """Free the transformer's program and its weights; the next request loads them anew."""
         self._denoiser = None
@@ -246,6 +283,7 @@ class Pipeline:
             denoiser=self.denoiser(request),
             codec=self.codec,
             text=self.text,
+            encoded=self._encoded,
             transformer=self.model.transformer,
             scheduler=self.model.scheduler,
             split=split_of(plan["vae"]),

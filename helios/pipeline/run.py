@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from helios.backend import Backend
 from helios.errors import StateError
 from helios.model.config import SchedulerConfig, TransformerConfig
-from helios.model.text import TextEncoder
+from helios.model.text import Encoded, TextEncoder
 from helios.model.vae_split import Split
 from helios.pipeline.codec import Codec, host_frames
 from helios.pipeline.denoise import Denoiser, Guidance
@@ -100,6 +101,7 @@ class Run:
         split: how frames are decoded.
         plan: of the execution, kept in each state.
         progress: told after each step.
+        encoded: texts that need no encoder any more, with their number of tokens.
     """
 
     def __init__(
@@ -114,10 +116,11 @@ class Run:
         split: Split,
         plan: Mapping[str, Any],
         progress: Callable[[Progress], None] | None = None,
+        encoded: Mapping[tuple[str, int], Encoded] = MappingProxyType({}),
     ) -> None:
         self.request, self.denoiser, self.codec, self.text = request, denoiser, codec, text
         self.transformer, self.scheduler = transformer, scheduler
-        self.split, self.plan, self.progress = split, plan, progress
+        self.split, self.plan, self.progress, self.encoded = split, plan, progress, encoded
         self._noise = AheadNoise(request.seed) if request.rng == "helios" else None
         self._embeddings: dict[str, Tensor] = {}
         self._negative: Context | None = None
@@ -192,7 +195,7 @@ class Run:
         if request.guided and self._negative is None:
             embeds = request.negative_embeds
             self._negative = self._bind(self._embeds(request.negatives) if embeds is None else embeds)
-        if request.script is None or request.script.ask is None:
+        if request.script is None or request.script.ask is None or self.encoded:
             self.text.release()
         return Guidance(self._prompt[1], self._negative, request.guidance, request.zero_init, request.zero_steps)
 
@@ -205,13 +208,16 @@ class Run:
     def _embeds(self, texts: tuple[str, ...]) -> Tensor:
         for text in texts:
             if text not in self._embeddings:
-                with self.codec.backend.explained("the text encoder"):
-                    encoded = self.text.encode(text, self.request.tokens)
+                encoded = self.encoded.get((text, self.request.tokens)) or self._encode(text)
                 self._embeddings[text] = encoded.embedding
                 if encoded.cut:
                     kept = f"the prompt is longer than {self.request.tokens} tokens"
                     self._warnings.append(f"{kept}; what the model does not see: {encoded.cut!r}")
         return torch.stack([self._embeddings[text] for text in texts])
+
+    def _encode(self, text: str) -> Encoded:
+        with self.codec.backend.explained("the text encoder"):
+            return self.text.encode(text, self.request.tokens)
 
     def _bind(self, embeds: Tensor) -> Context:
         return self.denoiser.bind_prompt(embeds.repeat_interleave(self.request.videos_per_prompt, dim=0))
