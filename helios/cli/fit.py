@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from helios.fit.devices import Device
     from helios.fit.estimate import Fit, Speed, Work
     from helios.fit.host import Host
+    from helios.fit.low import Low
 
 __all__ = ["EXAMPLES", "Target", "fit", "this_machine"]
 
@@ -85,18 +86,54 @@ def fit(
     work = count_work(asked)
     memory = fit_memory(work, target.memory, shared=target.shared)
     speed = predict(work, taken, peak=target.peak, bandwidth=target.bandwidth) if target.peak else None
-    flags = suggested(target, work, memory, taken, precision)
+    low = _with_low_memory(target, work, memory, taken)
+    flags = suggested(target, work, memory if low is None else low.fit, taken, precision)
+    flags += ["--memory", "low"] if flags and low is not None else []
     download = repository(asked)
     if json:
-        output.print_json(_data(target, work, memory, speed, taken, host, dataclasses.asdict(download), flags))
+        data = _data(target, work, memory, speed, taken, host, dataclasses.asdict(download), flags)
+        output.print_json(data | {"memory_low": None if low is None else _low_data(low)})
         return
     output.line(f"Helios {size}, {variant}, {height}×{width}, {precision}, steps {','.join(map(str, taken))}")
     output.line(f"on {target.title} ({_figures(target)}; {target.source})")
     _print_memory(target, memory)
-    _print_host(target, memory, host)
+    if low is not None:
+        _print_low(low)
+    _print_host(target, memory if low is None else low.fit, host)
     _print_download(size, download, host)
     _print_speed(target, speed, memory, taken, work, precision)
     _print_flags(flags, memory, target)
+
+
+def _with_low_memory(target: Target, work: Work, memory: Fit, steps: tuple[int, ...]) -> Low | None:
+    """How it would be with ``--memory low``, where the backend has that and it is needed."""
+    from helios.fit.low import fit_low, offers_low
+
+    if memory.fits or target.shared or not offers_low(target.backend):
+        return None
+    forwards = sum(steps) * (2 if work.setting.variant.guidance > 1 else 1)
+    return fit_low(work, target.memory, forwards, target.device.pcie if target.device else 0)
+
+
+def _low_data(low: Low) -> dict[str, Any]:
+    names = ("resident", "fetched", "seconds", "fps")
+    return {
+        "label": "prediction",
+        "fits": low.fit.fits,
+        "short": low.fit.short,
+        **{name: getattr(low, name) for name in names},
+    }
+
+
+def _print_low(low: Low) -> None:
+    output.heading("With --memory low: a prediction, not a measurement")
+    short = f"does NOT fit either: {output.gigabytes(low.fit.short)} are missing"
+    output.line("fits; weights without room stay on the host" if low.fit.fits else short)
+    kept, fetched = output.gigabytes(low.resident), output.gigabytes(low.fetched)
+    output.line(f"{kept} of the weights stay on the device, {fetched} cross the bus in each forward.")
+    if low.fps:
+        seconds = output.seconds(low.seconds)
+        output.line(f"That takes {seconds} a forward: at most {low.fps:.3g} frames a second, were all else free.")
 
 
 def from_table(device: Device, precision: str) -> Target:
@@ -158,6 +195,8 @@ def _print_memory(target: Target, memory: Fit) -> None:
     output.table(columns, rows, right=columns[1:])
     verdict = "fits" if memory.fits else f"does NOT fit: {output.gigabytes(memory.short)} are missing"
     output.line(f"{verdict}; {output.gigabytes(memory.usable)} can be used of {output.gigabytes(target.memory)}")
+    if memory.apart:
+        output.line("The prompt is encoded before the transformer is loaded: both have no room at once.")
     if memory.fits_without_text and not memory.fits:
         output.line("Only the text encoder has no room: in Python, prompt_embeds made elsewhere stand for a text.")
     if memory.split is not None and memory.split.tile is not None:

@@ -39,6 +39,7 @@ class Device:
         peak: dense bfloat16 FLOP a second; 0 where unknown.
         source: of the row.
         published: speeds on this very device.
+        pcie: generation of its bus to the host; 0 where unknown.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Device:
     peak: float
     source: str
     published: tuple[Published, ...] = ()
+    pcie: int = 0
 
 
 @functools.cache
@@ -72,6 +74,7 @@ def _device(name: str, row: Mapping[str, Any]) -> Device:
         published=tuple(
             Published(p["variant"], tuple(p["steps"]), p["fps"], p["source"]) for p in row.get("published", ())
         ),
+        pcie=row.get("pcie", 0),
     )
 
 

@@ -18,9 +18,11 @@ from helios.fit.costs import (
     vae_flops,
     weight_inputs,
 )
+from helios.graph import Rate
 from helios.lower import plan_for
 from helios.model.config import TextConfig
 from helios.model.presets import Variant
+from helios.model.room import RESERVE, encodes_first
 from helios.model.shapes import transformer_shapes, vae_shapes
 from helios.model.vae import frames_of
 from helios.model.vae_split import Split, Tile, choose_split, peak_bytes
@@ -48,8 +50,6 @@ VAE_DTYPE = torch.float32
 """The VAE computes in it whatever the precision, as published."""
 VAE_ROOM = 0.5
 """Of the memory that is left, what the VAE's activations may take before it is cut into groups."""
-RESERVE = 0.06
-"""Of device memory, for the driver's context, library workspaces and fragmentation: an assumption."""
 HOST_BASE = 1_500_000_000
 """Host bytes of the process itself with torch and transformers imported: an assumption."""
 
@@ -81,6 +81,7 @@ class Work:
         prompt_flops: text keys and values, once a prompt.
         vae_flops: decoding one chunk.
         weights: transformer, as the graphs want it.
+        step_weights: those of them that steps read.
         prompt: what one prompt holds.
         chunk: what one chunk's history holds.
         activations: of the largest step.
@@ -95,6 +96,7 @@ class Work:
     prompt_flops: int
     vae_flops: int
     weights: int
+    step_weights: int
     prompt: int
     chunk: int
     activations: int
@@ -109,6 +111,7 @@ def count_work(setting: Setting) -> Work:
     plan = plan_for(stage_graphs(setting), ReferenceBackend())
     phases = {phase.name: phase for phase in phase_costs(plan)}
     weights = {name: type_.nbytes for name, type_ in weight_inputs(plan).items()}
+    stepped = {v.name: v.type.nbytes for graph in plan.steps.values() for v in graph.inputs_at(Rate.WEIGHTS)}
     width = setting.dtype.itemsize
     text = setting.size.text
     frames = frames_of(setting.size.vae, LATENT_FRAMES)
@@ -119,6 +122,7 @@ def count_work(setting: Setting) -> Work:
         prompt_flops=phases["prompt"].flops,
         vae_flops=vae_flops(setting),
         weights=sum(weights.values()) + phases["weights"].held,
+        step_weights=sum(stepped.values()),
         prompt=phases["prompt"].held,
         chunk=phases["chunk"].held,
         activations=max(activation_bytes(graph) for graph in plan.steps.values()),
@@ -175,8 +179,9 @@ class Part:
 
 
 MOMENTS = ("encode", "step", "decode")
-"""When memory is fullest: while the prompt is encoded, in a step, while frames are decoded. The transformer is there
-all the time; the text encoder leaves once the prompt is encoded; the VAE stays from its first use."""
+"""When memory is fullest: while the prompt is encoded, in a step, while frames are decoded. The text encoder leaves
+once the prompt is encoded; the transformer is there all the time, or comes then if both have no room at once; the VAE
+stays from its first use."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -188,12 +193,14 @@ class Fit:
         usable: device memory less the reserve.
         split: how the VAE is cut, or ``None`` if it has no room.
         host: what the host needs at its fullest, by part; nothing where device and host are one.
+        apart: text is encoded before the transformer is loaded, since both have no room at once.
     """
 
     parts: tuple[Part, ...]
     usable: int
     split: Split | None
     host: tuple[tuple[str, int], ...]
+    apart: bool = False
 
     def at(self, moment: str) -> int:
         """Bytes at a moment."""
@@ -223,38 +230,45 @@ class Fit:
         return sum(size for _, size in self.host)
 
 
-def fit_memory(work: Work, memory: int, *, shared: bool = False) -> Fit:
-    """Lay a setting out in memory.
+def fit_memory(work: Work, memory: int, *, shared: bool = False, resident: int | None = None, slots: int = 0) -> Fit:
+    """Lay a setting out in memory. ``helios.fit.low`` says what ``resident`` and ``slots`` are with little of it.
 
     Args:
         work: counted.
         memory: bytes of the device.
         shared: device and host memory are one, so the process and the frames are on it as well.
+        resident: bytes of the transformer that stay on the device, where the host keeps the others; None is all.
+        slots: bytes for those on their way to it.
     """
     usable = int(memory * (1 - RESERVE)) - (HOST_BASE + work.frames if shared else 0)
     prompts = 2 if work.setting.variant.guidance > 1 else 1
     bound = prompts * work.prompt
+    apart = encodes_first(work.weights, work.text_weights, usable)
+    held = work.weights if resident is None else resident
     parts = [
-        Part("transformer weights", work.weights, work.weights, work.weights),
+        Part("transformer weights", 0 if apart else held, held, held),
         Part("text encoder weights", encode=work.text_weights),
         Part(f"text keys and values, {'2 prompts' if prompts == 2 else '1 prompt'}", step=bound, decode=bound),
         Part("history of a chunk", step=work.chunk, decode=work.chunk),
         Part("VAE weights", step=work.vae_weights, decode=work.vae_weights),
     ]
+    if slots:
+        parts.append(Part("weights on their way from the host", step=slots, decode=slots))
     room = usable - sum(part.decode for part in parts)
     split = _vae_split(work.setting, int(VAE_ROOM * max(0, room)))
     parts.append(Part("activations", step=work.activations, decode=_vae_peak(work, split)))
-    host = () if shared else _host_parts(work)
-    return Fit(tuple(parts), usable, split, host)
+    host = () if shared else _host_parts(work, work.weights - held)
+    return Fit(tuple(parts), usable, split, host, apart)
 
 
-def _host_parts(work: Work) -> tuple[tuple[str, int], ...]:
+def _host_parts(work: Work, kept: int) -> tuple[tuple[str, int], ...]:
     """The text encoder is read whole before it moves; the other networks pass tensor by tensor."""
     passing = max(work.text_weights, work.largest_weight)
     return (
         ("process", HOST_BASE),
         ("text encoder on its way to the device", passing),
         ("frames of a chunk", work.frames),
+        *([("weights kept for the device", kept)] if kept else []),
     )
 
 

@@ -41,8 +41,26 @@ def test_a_device_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(capsys, "--device", "rtx4090")
     assert "does NOT fit" in out
     assert "if it did fit" in out
+    assert "With --memory low: a prediction" in out
+    assert "at most" in out
+    assert "--memory low" in " ".join(out.partition("Suggested")[2].split())
+    out = printed(capsys, "--device", "ascend-910b", "--height", "3840", "--width", "3840")
+    assert "does NOT fit" in out
+    assert "--memory low" not in out
     assert "helios generate" not in out
     assert "have enough" in out
+
+
+def test_little_memory_as_plain_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert loaded(capsys, "--device", "h100")["memory_low"] is None
+    data = loaded(capsys, "--device", "rtx4090", "--steps", "1,1,1")
+    low = data["memory_low"]
+    assert low["label"] == "prediction"
+    assert low["fits"] is True
+    assert data["flags"][-2:] == ["--memory", "low"]
+    assert low["resident"] + low["fetched"] == data["work"]["step_weights"] < data["work"]["weights"]
+    assert low["seconds"] == pytest.approx(low["fetched"] / 25e9)
+    assert low["fps"] == pytest.approx(33 / (3 * low["seconds"]))
 
 
 def test_the_suggested_command_exists(capsys: pytest.CaptureFixture[str]) -> None:

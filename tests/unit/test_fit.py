@@ -141,11 +141,21 @@ def test_a_24_gb_device_does_not(work: dict[str, Work]) -> None:
     assert found.short == found.total - int(24 * 2**30 * (1 - RESERVE))
 
 
+def test_the_text_encoder_leaves_where_both_have_no_room(work: dict[str, Work]) -> None:
+    both = work["distilled"].weights + work["distilled"].text_weights
+    for size, apart in ((80, False), (40, True)):
+        found = fit_memory(work["distilled"], size * GB)
+        assert found.apart is apart is (both > found.usable)
+        assert found.fits
+        assert found.at("encode") == (work["distilled"].text_weights if apart else both)
+
+
 def test_the_text_encoder_may_be_the_only_one_without_room(work: dict[str, Work]) -> None:
-    found = fit_memory(work["distilled"], 40 * GB)
+    large = dataclasses.replace(work["distilled"], text_weights=39 * GB)
+    found = fit_memory(large, 40 * GB)
     assert not found.fits
     assert found.fits_without_text
-    assert found.short == found.at("encode") - found.usable
+    assert found.short == found.at("encode") - found.usable == 39 * GB - found.usable
 
 
 def test_two_prompts_are_held_with_guidance(work: dict[str, Work]) -> None:

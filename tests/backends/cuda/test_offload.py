@@ -13,6 +13,7 @@ from torch import Tensor
 from helios import op
 from helios.backend import Kernel
 from helios.errors import BackendError, InputError
+from helios.fit import low
 from helios.graph import Builder, Graph, Rate
 from helios.lower import lower
 from helios.ops.linear import linear
@@ -249,3 +250,10 @@ def test_weights_that_do_not_fit_are_refused_with_the_way_out() -> None:
 def test_memory_is_full_or_low() -> None:
     with pytest.raises(InputError, match="did you mean 'low'"):
         CudaBackend(memory="lo")
+
+
+def test_helios_fit_leaves_as_much_free_and_knows_the_slots() -> None:
+    assert low.LEFT_FREE == offload.RESERVE
+    assert low.offers_low("cuda")
+    largest = 3 * 5120 * 5120 * 2  # q, k and v in one
+    assert offload.SLOTS * largest <= low.SLOTS < 1.1 * offload.SLOTS * largest
