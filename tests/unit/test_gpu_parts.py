@@ -85,24 +85,6 @@ def test_an_operand_is_made_as_it_lies() -> None:
     assert forms.Layout.of(torch.zeros(3, dtype=torch.int64)).made(torch.device("cpu")).tolist() == [0, 0, 0]
 
 
-@pytest.mark.slow
-def test_the_forms_of_a_chunk_are_its_whole_work_and_every_kernel_of_it_is_tuned() -> None:
-    from helios import op
-
-    forms, speeds, tuning = script("forms"), script("speeds"), script("tuning")
-    graphs = forms.plan_nodes(False)
-    assert set(speeds.STEPS) <= set(graphs)
-    found = forms.forms(graphs, "sm_90")
-    for name in ("denoise.2", "decode"):
-        flops = sum(op.cost(node).flops for node in graphs[name].nodes)
-        assert sum(form.flops * form.counts[name] for form in found) == flops
-    assert len({form.name for form in found}) == len(found)
-    assert not {f.node.op for f in found if f.moved} & {"reshape"}
-    jobs = {(job.kernel.name, job.key) for job in tuning.jobs(found, "sm_90")}
-    assert {"attention", "residual_norm", "qk_rope", "conv3d_broad", "conv3d_boxes_broad"} <= {name for name, _ in jobs}
-    assert ("residual_norm", "bf16 d=5120 add=True norm=True") in jobs
-
-
 def tried(column: int, ms: float, status: str = "measured", key: str = "bf16", of: int = 3) -> dict[str, Any]:
     tile = {"sizes": {"TOKENS": 1 << column}, "warps": 4, "stages": 1}
     known = {"id": f"tune/norm/{key}/TOKENS={1 << column}", "kernel": "norm", "key": key, "tile": tile, "of": of}

@@ -28,7 +28,7 @@ def run(out: Path, part: str, *options: str) -> tuple[str, dict[str, dict[str, A
         cwd=out,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.endswith((out / "tables.txt").read_text())
+    assert done.stdout.splitlines()[-5:] == (out / "tables.txt").read_text().splitlines()[-5:]
     entries = [json.loads(line) for line in (out / f"{part}.jsonl").read_text().splitlines()]
     assert entries[0]["header"]["code"] == "abc123"
     return done.stdout, {entry["id"]: entry for entry in entries if "id" in entry}

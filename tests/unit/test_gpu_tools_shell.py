@@ -85,7 +85,9 @@ def test_earlier_results_are_gone_on_with_and_never_overwritten(tree: Path) -> N
     part(tree, "ceilings", "import pathlib; print(pathlib.Path('results/ceilings.jsonl').read_text())")
     (tree / "old").mkdir()
     (tree / "old" / "ceilings.jsonl").write_text("earlier")
+    (tree / "old" / "certify.zip").write_text("an unfinished run")
     assert run(tree, "ceilings", PREVIOUS="old").stdout.splitlines()[-1] == "earlier"
+    assert (tree / "results" / "certify.zip").read_text() == "an unfinished run"
     (tree / "results" / "ceilings.jsonl").write_text("later")
     assert run(tree, "ceilings", PREVIOUS="old").stdout.splitlines()[-1] == "later"
 

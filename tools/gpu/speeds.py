@@ -24,10 +24,8 @@ from helios_cuda.attention_libraries import describe
 __all__ = ["STEPS", "choices", "nbytes_of", "recall", "report", "speeds", "times"]
 
 STEPS = {
-    "chunk": 1,
-    "shrink": 1,
-    "decode": 1,
-    **{f"{kind}.{i}": 1 for kind in ("denoise", "step", "enter") for i in range(3)},
+    **dict.fromkeys(("chunk", "shrink", "enter.1", "enter.2", "decode"), 1),
+    **{f"{kind}.{i}": 1 for kind in ("denoise", "step") for i in range(3)},
 }
 """How often a chunk at [1, 1, 1] runs each graph, without guidance."""
 ROWS = 25
@@ -162,6 +160,16 @@ def _speed_table(found: Sequence[Record]) -> Iterator[str]:
         tflops = f"{r['tflops']:.1f}" if r["tflops"] else ""
         figures = f"{r['a_chunk']:4} {r['ms_median']:8.3f} {floor:>8} {share:>6} {r['gbps']:6.0f} {tflops:>8}"
         yield f"{r['row'][:58]:58} {figures} {in_chunk(r):10.2f}"
-    floors = sum(r["a_chunk"] * r["floor_ms"] for r in found if r["floor_ms"] is not None)
-    whole = sum(map(in_chunk, found))
-    yield f"all {len(found)} forms: {whole:.1f} ms a chunk, floor {floors:.1f}: a sum of single times, no whole"
+    yield from _sums(found)
+
+
+def _sums(found: Sequence[Record]) -> Iterator[str]:
+    """Of a chunk, and of its decoding in either precision: sums of single times, no measurements of a whole."""
+    for what, count in (
+        ("a chunk, decoded in bf16", lambda r: r["a_chunk"]),
+        ("   of which decoding", lambda r: r["counts"].get("decode", 0)),
+        ("decoding in fp32", lambda r: r["counts"].get("decode fp32", 0)),
+    ):
+        rows = [(count(r), r["ms_median"], r["floor_ms"] or 0.0) for r in found]
+        whole, floors = (sum(row[0] * row[i] for row in rows) for i in (1, 2))
+        yield f"{what}: {whole:.1f} ms, floor {floors:.1f}, {sum(n > 0 for n, *_ in rows)} forms: a sum of single times"
