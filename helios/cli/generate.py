@@ -111,19 +111,12 @@ def generate(
     Each finished chunk is kept beside the video: a run can be stopped, resumed, and branched off from.
     """
     begin = time.perf_counter()
-    settings: dict[str, Any] = {
-        "height": height,
-        "width": width,
-        "steps": _steps(steps),
-        "guidance": guidance,
-        "seed": seed,
-    }
-    settings |= {"negative_prompt": negative, "image": image, "video": video}
+    settings = _given(height=height, width=width, guidance=guidance, seed=seed, image=image, video=video)
     asked = Asked(
         prompt,
         read_prompts(prompts) if prompts is not None else None,
         _given(model=model, size=size, variant=variant),
-        _given(**settings),
+        settings | _given(steps=_steps(steps), negative_prompt=negative),
         _given(chunks=chunks, frames=frames, seconds=seconds),
         out,
         backend,

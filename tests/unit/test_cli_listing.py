@@ -107,7 +107,9 @@ def test_a_broken_plugin_shows_its_cause_and_harms_nobody(capsys: pytest.Capture
 def test_the_table_says_why_and_one_fix(capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(capsys, "backends")
     assert "absent: no such card in this machine\n  fix: plug one in\n" in out
-    assert out.count("fix: ") == 4
+    away = [backend["name"] for backend in loaded(capsys, "backends")["backends"] if not backend["available"]]
+    assert {"absent", "gone", "hollow", "wild"} <= set(away)
+    assert out.count("fix: ") == len(away)
 
 
 def test_a_variable_that_decides_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
