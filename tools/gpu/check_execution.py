@@ -84,6 +84,8 @@ def checks(make: Make, size: str, height: int, width: int) -> Iterator[Check]:
     """
     eager = Steps(make(graphs="off"), size, height, width)
     wanted = eager.all()
+    yield "results come to the host as they are, behind what computes them", _fetched(eager.backend)
+    yield "the device's own time is that of the host", _timed(eager.backend)
     yield "steps differ from stage to stage and from context to context", _distinct(wanted)
     captured = Steps(make(), size, height, width)
     yield "captured steps give the bits of eager ones", _differences(captured.all(), wanted)
@@ -110,6 +112,27 @@ def _differences(results: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
         return ""
     worst = max(float((results[k].double() - wanted[k].double()).abs().max()) for k in unlike)
     return f"{len(unlike)} of {len(wanted)} differ, by {worst:.3g} at most: {unlike[0]}"
+
+
+def _fetched(backend: Backend) -> str:
+    """Sizes around those of the slices, and work that is still under way when its result is asked for."""
+    for count in (0, 1, 4 << 20, (4 << 20) + 1, 24_330_240):
+        made = torch.arange(count, device=backend.device).to(torch.uint8)
+        for _ in range(50):
+            made = made + 1
+        came = backend.fetch(made)
+        if came.device.type != "cpu" or not torch.equal(came, made.cpu()):
+            return f"not with {count} bytes"
+    return ""
+
+
+def _timed(backend: Backend) -> str:
+    backend.synchronize()
+    begin, first = time.perf_counter(), backend.mark()
+    time.sleep(0.1)
+    seconds = backend.seconds_between(first, backend.mark())
+    whole = time.perf_counter() - begin
+    return "" if 0.09 < seconds <= whole else f"{seconds:.3f} s of {whole:.3f} s"
 
 
 def _waits(steps: Steps) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from helios.backend import Backend, select
+from helios.backend import Backend, ReferenceBackend, select
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,7 +35,7 @@ def make(**options: Any) -> Backend:
 
 def test_what_is_right_passes(tool: ModuleType) -> None:
     found = list(tool.checks(make, "tiny", 64, 64))
-    assert len(found) == 7
+    assert len(found) == 9
     assert [wrong for _, wrong in found if wrong] == []
 
 
@@ -47,6 +47,18 @@ def test_other_bits_fail(tool: ModuleType) -> None:
     assert tool._distinct(x) == ""
     assert tool._distinct({**x, "again": torch.ones(2)}) == "some are equal"
     assert tool._distinct({"x": torch.tensor([torch.nan])}) == "some are not finite"
+
+
+def test_results_that_come_early_and_clocks_that_run_wrong_fail(tool: ModuleType) -> None:
+    class Hasty(ReferenceBackend):
+        def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+            return super().fetch(tensor)[: 4 << 20]
+
+        def seconds_between(self, first: Any, second: Any) -> float:
+            return 2 * super().seconds_between(first, second)
+
+    assert tool._fetched(Hasty()) == "not with 4194305 bytes"
+    assert " s of 0." in tool._timed(Hasty())
 
 
 def test_waiting_fails(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
