@@ -165,11 +165,12 @@ def _speed_table(found: Sequence[Record]) -> Iterator[str]:
 
 def _sums(found: Sequence[Record]) -> Iterator[str]:
     """Of a chunk, and of its decoding in either precision: sums of single times, no measurements of a whole."""
-    for what, count in (
+    sums: tuple[tuple[str, Callable[[Record], int]], ...] = (
         ("a chunk, decoded in bf16", lambda r: r["a_chunk"]),
         ("   of which decoding", lambda r: r["counts"].get("decode", 0)),
         ("decoding in fp32", lambda r: r["counts"].get("decode fp32", 0)),
-    ):
+    )
+    for what, count in sums:
         rows = [(count(r), r["ms_median"], r["floor_ms"] or 0.0) for r in found]
         whole, floors = (sum(row[0] * row[i] for row in rows) for i in (1, 2))
         yield f"{what}: {whole:.1f} ms, floor {floors:.1f}, {sum(n > 0 for n, *_ in rows)} forms: a sum of single times"
