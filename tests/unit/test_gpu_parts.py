@@ -106,7 +106,7 @@ def test_the_table_has_the_fastest_right_tile_of_each_key_that_is_complete(
     made = tuning.table(records, "an H100")
     assert {key: row["sizes"]["TOKENS"] for key, row in made["norm"].items()} == {"bf16": 2, "draw": 1}
     tuning.write(tmp_path / "sm_90.json", made)
-    monkeypatch.setattr(tables.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr("helios_cuda.tables.resources.files", lambda _: tmp_path)
     tables.table.cache_clear()
     try:
         assert tables.table("sm_90")["norm"]["bf16"] == tables.Tile({"TOKENS": 2}, 4, 1)

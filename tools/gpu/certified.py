@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from results import Clock, LaterError, Record
+from results import Clock, LaterError, NotThereError, Record
 
 __all__ = ["ARCHIVE", "certify", "level", "working"]
 
@@ -25,6 +26,8 @@ LARGEST = 16 << 20
 RESERVE = 20.0
 """Seconds that are left for the report, its verification and the archive."""
 INTERRUPTED = 130
+NEEDED = ("typer", "rich", "safetensors", "numpy", "jsonschema")
+"""What the commands import beside torch."""
 
 
 @contextlib.contextmanager
@@ -73,8 +76,12 @@ def certify(args: argparse.Namespace, clock: Clock, folder: Path, options: Seque
 
     Raises:
         LaterError: it was interrupted and can be gone on with.
+        NotThereError: this machine lacks what the command imports.
         RuntimeError: neither a run nor a bundle came of it; the text is what the command said.
     """
+    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if absent:
+        raise NotThereError(f"the command helios needs {', '.join(absent)}: put their wheels into .whl/")
     backend = ["--backend", "cuda" if args.device == "cuda" else "cpu"]
     given = [*backend, *options]
     if (folder / "run.json").exists():

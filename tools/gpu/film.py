@@ -162,7 +162,7 @@ class Scene:
         if self.rig.cuda:
             torch.cuda.reset_peak_memory_stats()
         stamps, timings, wrong = [time.perf_counter()], [], ""
-        with Sensors(self.backend, 0.5) as sensors:
+        with Sensors(self.backend) as sensors:
             for chunk in self.pipeline.run(self.request(steps)):
                 stamps.append(time.perf_counter())
                 timings.append(dict(chunk.timings))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from helios.errors import BackendError
 from helios_cuda import CudaBackend, convolution
+from helios_cuda.arithmetic import as_declared
 from helios_cuda.attention_libraries import Form as AttentionForm
 from helios_cuda.attention_libraries import describe
 
@@ -106,7 +107,7 @@ def _measure(rig: Rig, backend: CudaBackend, form: Form, floor: float | None, so
     count = rotations(sum(nbytes_of(x) for x in first), rig.cache, most=4)
     sets = [first, *(form.made(rig.device) for _ in range(count - 1))]
     calls = [call_of(form.node.op, kernel, operands, form.node.attributes) for operands in sets]
-    with torch.no_grad():
+    with torch.no_grad(), as_declared():  # as in a program
         correct = _finite(calls[0]())
         timing = measure(calls, rig.device, rig.seconds)
     seconds = timing.median / 1e3
