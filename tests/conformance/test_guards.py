@@ -130,15 +130,18 @@ DIRTY = """
 import torch
 from helios_conformance import guards
 
-size = 1 << 16
+size = 1 << 13
 for treatment in ("nan", "zero"):
-    guards.dirty(torch.device("cpu"), [size] * 4, treatment)
-    # The first bytes of a freed block belong to the allocator.
-    print(int(torch.empty(size, dtype=torch.uint8)[size // 2]))
+    guards.dirty(torch.device("cpu"), [size] * 8, treatment)
+    # Which free block comes first is the allocator's business. The first bytes of one belong to it.
+    found = [torch.empty(size, dtype=torch.uint8) for _ in range(8)]
+    print(sum(int(x[size // 2]) == (255 if treatment == "nan" else 0) for x in found))
 """
 
 
-def test_dirty_memory_is_found_by_the_next_allocation() -> None:
-    # In a process of its own: where other blocks of this size are free, the allocator may hand out one of those.
+def test_dirty_memory_is_found_by_the_next_allocations() -> None:
+    # In a process of its own: where other blocks of this size are free, the allocator may hand out some of those.
     done = subprocess.run([sys.executable, "-c", DIRTY], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["255", "0"]
+    dirty, zero = map(int, done.stdout.split())
+    assert dirty >= 1
+    assert zero >= 4  # what was dirty before is so no more

@@ -240,7 +240,7 @@ def lazy_frames(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         threading.Timer(0.1, lambda: out.copy_(result)).start()
         return out
 
-    monkeypatch.setattr("helios.pipeline.run.to_frames", later)
+    monkeypatch.setattr("helios.pipeline.codec.to_frames", later)
     yield
     time.sleep(0.2)
 
