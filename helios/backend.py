@@ -23,6 +23,7 @@ import helios.ops  # noqa: F401  (registers the opset)
 from helios import op
 from helios.errors import BackendError, BackendUnavailable, InputError, UnknownBackend, unknown_name
 from helios.graph import Node
+from helios.precision import DTYPES
 
 if TYPE_CHECKING:
     from helios.passes import Plan
@@ -33,7 +34,7 @@ __all__ = ["API_VERSION", "Backend", "Candidate", "DeviceInfo", "Kernel", "Refer
 API_VERSION = 1
 """Raised when the contract between Helios and a backend changes."""
 
-PRECISIONS: Mapping[str, torch.dtype] = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS: Mapping[str, torch.dtype] = DTYPES
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,6 +84,9 @@ class Backend:
     and nothing emulated is ever certified."""
     precisions: tuple[str, ...] = ("fp32", "bf16")
     """Names of the precisions that this backend offers, its default first."""
+    vae_precisions: Mapping[str, str] = {}
+    """In which arithmetic (``fp32``, ``bf16``, ``fp16``) the VAE decodes by default, by the name of the run's
+    precision; of those not named here as published, in float32. Encoding is in float32 always."""
     fusions: tuple[str, ...] = ()
     """Fused ops that it wants; each needs a kernel. All others reach it written out as core ops."""
     kernels: Mapping[str, Kernel] = {}
@@ -200,7 +204,7 @@ class ReferenceBackend(Backend):
     """
 
     name = "reference"
-    precisions = ("fp32", "bf16", "fp64")
+    precisions = ("fp32", "bf16", "fp64", "fp16", "fp8", "fp8-attention", "fp8-weights")
 
     def __init__(self, provider: str = "", index: int = 0) -> None:
         super().__init__("", index)

@@ -7,13 +7,13 @@ from typing import Any
 
 from helios import op
 from helios.ops import attention as _attention
-from helios.ops import conv, layout, linear, norm, patch, pointwise, resample, rope, sampler
+from helios.ops import conv, layout, linear, norm, patch, pointwise, quantize, resample, rope, sampler
 
-OPSET = 1
+OPSET = 2
 """Raised whenever an op is added, removed or changes meaning; graphs and bundles carry it."""
 
 __all__ = ["OPSET", "opset_hash", "opset_text"]
-_families = (_attention, conv, layout, linear, norm, patch, pointwise, resample, rope, sampler)
+_families = (_attention, conv, layout, linear, norm, patch, pointwise, quantize, resample, rope, sampler)
 
 
 def opset_text() -> str:
