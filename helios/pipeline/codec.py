@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from helios.graph import Graph
 from helios.lower import lower
 from helios.media import to_frames
 from helios.model.config import VaeConfig
+from helios.model.vae_precision import VAE_DTYPES, published_vae_precision, vae_name
 from helios.model.vae_run import VaeRunner, decode_graphs, encode_graphs
 from helios.model.vae_split import Half, Split, Tile, choose_split
 from helios.op import accumulator
@@ -44,16 +46,20 @@ class Codec:
         config: of the network.
         weights: its source.
         backend: to run it.
-        dtype: of the arithmetic; the publication uses float32.
+        dtype: in which it decodes unless told otherwise; the publication uses float32.
         fallback: as for ``lower``.
+
+    Attributes:
+        encoding: dtype in which it encodes: float32, also where decoding is narrower. What it gives is in the history
+            of every chunk, and it is asked for once a run.
     """
 
     def __init__(
         self, config: VaeConfig, weights: WeightReader, backend: Backend, dtype: torch.dtype, fallback: str = "error"
     ) -> None:
         self.config, self.weights, self.backend = config, weights, backend
-        self.dtype, self.fallback = dtype, fallback
-        self._splits: dict[tuple[int, int, int, int, Half], Split] = {}
+        self.dtype, self.encoding, self.fallback = dtype, accumulator(dtype), fallback
+        self._splits: dict[tuple[int, int, int, int, Half, torch.dtype], Split] = {}
         self._slots: dict[Half, _Slot] = {"decode": _Slot(), "encode": _Slot()}
         self._coverage: dict[Hashable, Coverage] = {}
 
@@ -62,34 +68,50 @@ class Codec:
         """How the ops run of every program that was made so far, also of those that others replaced."""
         return [*self._coverage.values()]
 
-    def choose(self, batch: int, latents: int, height: int, width: int, half: Half = "decode") -> Split:
+    def choose(
+        self,
+        batch: int,
+        latents: int,
+        height: int,
+        width: int,
+        half: Half = "decode",
+        dtype: torch.dtype | None = None,
+    ) -> Split:
         """The largest groups of latents that fit into half of what is free when a size is first asked for.
 
         Part of a run's plan: groups do not change the result in exact arithmetic, but may change last bits in float32.
+
+        Args:
+            dtype: as for ``decode``; encoding has its own.
         """
-        key = (batch, latents, height, width, half)
+        key = (batch, latents, height, width, half, self.encoding if half == "encode" else dtype or self.dtype)
         if key not in self._splits:
             self._splits[key] = self._choose(*key)
         return self._splits[key]
 
-    def _choose(self, batch: int, latents: int, height: int, width: int, half: Half) -> Split:
+    def _choose(self, batch: int, latents: int, height: int, width: int, half: Half, dtype: torch.dtype) -> Split:
         return choose_split(
             self.config,
             latents=latents,
             height=height,
             width=width,
-            dtype=self.dtype,
+            dtype=dtype,
             budget_bytes=int(SHARE * free_memory(self.backend)),
             batch=batch,
             half=half,
         )
 
-    def decode(self, latents: Tensor, split: Split) -> Tensor:
-        """Frames of normalised latents ``[b, z, t, h, w]``: ``[b, 3, 4(t − 1) + 1, 8h, 8w]``, −1 … 1, on the device."""
+    def decode(self, latents: Tensor, split: Split, dtype: torch.dtype | None = None) -> Tensor:
+        """Frames of normalised latents ``[b, z, t, h, w]``: ``[b, 3, 4(t − 1) + 1, 8h, 8w]``, −1 … 1, on the device.
+
+        Args:
+            dtype: of the arithmetic and the result; ``None`` for the codec's own.
+        """
         batch, _, count, h, w = latents.shape
+        dtype = dtype or self.dtype
         size = {"height": h * self.config.scale_factor_spatial, "width": w * self.config.scale_factor_spatial}
-        graphs = decode_graphs(self.config, batch=batch, latents=count, dtype=self.dtype, split=split, **size)
-        return self._runner("decode", graphs, split).decode(latents)
+        graphs = decode_graphs(self.config, batch=batch, latents=count, dtype=dtype, split=split, **size)
+        return self._runner("decode", graphs, split, dtype).decode(latents)
 
     def encode(self, video: Tensor, noise: Tensor, split: Split) -> Tensor:
         """Normalised latents drawn from the posterior of a video; host, accumulator dtype.
@@ -100,15 +122,17 @@ class Codec:
         """
         batch, _, frames, height, width = video.shape
         size = {"height": height, "width": width}
-        graphs = encode_graphs(self.config, batch=batch, frames=frames, dtype=self.dtype, split=split, **size)
-        wide = accumulator(self.dtype)
-        moments = self.backend.fetch(self._runner("encode", graphs, split).moments(video)).to(wide)
+        graphs = encode_graphs(self.config, batch=batch, frames=frames, dtype=self.encoding, split=split, **size)
+        runner = self._runner("encode", graphs, split, self.encoding)
+        moments = self.backend.fetch(runner.moments(video)).to(self.encoding)
         moments = moments.expand(noise.shape[0], *moments.shape[1:])
-        return sample_posterior(moments, noise.to(wide), mean=self.config.latents_mean, std=self.config.latents_std)
+        return sample_posterior(
+            moments, noise.to(self.encoding), mean=self.config.latents_mean, std=self.config.latents_std
+        )
 
-    def _runner(self, half: Half, graphs: Mapping[str, Graph], split: Split) -> VaeRunner:
+    def _runner(self, half: Half, graphs: Mapping[str, Graph], split: Split, dtype: torch.dtype) -> VaeRunner:
         slot = self._slots[half]
-        key = frozenset(graphs)
+        key = (dtype, *sorted(graphs))  # names tell sizes, not dtypes
         if slot.key != key or slot.program is None:
             slot.program = None  # free the old one before the new one is made
             slot.program = lower(graphs, self.backend, fallback=self.fallback)
@@ -116,7 +140,7 @@ class Codec:
             self._coverage[key] = slot.program.coverage
             slot.key = key
         program = slot.program
-        return VaeRunner(self.config, lambda g, inputs: program.run(g.name, inputs), dtype=self.dtype, split=split)
+        return VaeRunner(self.config, lambda g, inputs: program.run(g.name, inputs), dtype=dtype, split=split)
 
     def release(self, half: Half) -> None:
         """Free one direction's weights."""
@@ -166,13 +190,18 @@ def _cgroup_room() -> int | None:
         return None
 
 
-def split_of(plan: Mapping[str, int]) -> Split:
+def split_of(plan: Mapping[str, Any]) -> Split:
     """The split that ``plan_of`` wrote down."""
     tile = Tile(plan["tile"], plan["stride"]) if plan.get("tile") else None
     return Split(plan["group"], tile)
 
 
-def plan_of(split: Split) -> dict[str, int]:
-    """A split as JSON values."""
+def decoding_of(plan: Mapping[str, Any], precision: str) -> torch.dtype:
+    """The dtype that ``plan_of`` wrote down, of a run in that precision; without one the published."""
+    return VAE_DTYPES[plan.get("precision", published_vae_precision(precision))]
+
+
+def plan_of(split: Split, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """How a chunk is decoded, as JSON values: ``group``, ``precision``, and of tiles ``tile`` and ``stride``."""
     tile = {"tile": split.tile.size, "stride": split.tile.stride} if split.tile else {}
-    return {"group": split.group, **tile}
+    return {"group": split.group, **tile, "precision": vae_name(dtype)}

@@ -54,9 +54,9 @@ def _image(request: Request, codec: Codec, noise: Noise, like: Tensor) -> tuple[
     frame, still = _shapes(request, like)
     one, whole = _splits(request, codec)
     picture = to_model(request.given)
-    anchor = codec.encode(picture, noise.image_sample(frame, codec.dtype), one)
+    anchor = codec.encode(picture, noise.image_sample(frame, codec.encoding), one)
     held = picture.expand(-1, -1, SECTION, -1, -1).contiguous()
-    newest = codec.encode(held, noise.fake_image_sample(still, codec.dtype), whole)[:, :, -1:]
+    newest = codec.encode(held, noise.fake_image_sample(still, codec.encoding), whole)[:, :, -1:]
     level = noise.image_sigma(request.batch, request.image_sigma)
     anchor = _mix(anchor, noise.image_noise(frame), level)
     level = noise.fake_image_sigma(request.batch, request.video_sigma)
@@ -68,9 +68,9 @@ def _video(request: Request, codec: Codec, noise: Noise, like: Tensor) -> tuple[
     assert request.given is not None
     frame, section = _shapes(request, like)
     one, whole = _splits(request, codec)
-    anchor = codec.encode(to_model(request.given[:1]), noise.video_first_sample(frame, codec.dtype), one)
+    anchor = codec.encode(to_model(request.given[:1]), noise.video_first_sample(frame, codec.encoding), one)
     parts = {
-        i: codec.encode(to_model(frames), noise.video_sample(i, section, codec.dtype), whole)
+        i: codec.encode(to_model(frames), noise.video_sample(i, section, codec.encoding), whole)
         for i, frames in _sections(request)
     }
     level = noise.image_sigma(request.batch, request.image_sigma)

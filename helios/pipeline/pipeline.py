@@ -28,8 +28,9 @@ from helios.errors import InputError, unknown_name
 from helios.graph import Rate
 from helios.model.room import RESERVE, encodes_first
 from helios.model.text import Encoded, text_bytes
+from helios.model.vae_precision import VAE_DTYPES, choose_vae_precision, vae_name
 from helios.pipeline import condition
-from helios.pipeline.codec import Codec, free_memory, plan_of, split_of
+from helios.pipeline.codec import Codec, decoding_of, free_memory, plan_of, split_of
 from helios.pipeline.denoise import Denoiser, Layout
 from helios.pipeline.history import CHUNK_LATENTS
 from helios.pipeline.model import Model, folder_model, sized_model
@@ -76,17 +77,30 @@ class Pipeline:
     Args:
         model: what to run.
         backend: to run it on.
-        precision: ``fp32``, ``bf16`` or ``fp64``, of the transformer and the text encoder. The VAE computes in float32,
-            as published (in float64 with ``fp64``).
+        precision: ``fp32``, ``bf16`` or ``fp64``, of the transformer and the text encoder.
         fallback: what happens to an op that the backend lacks, as for ``lower``.
+        vae_precision: ``fp32``, ``bf16`` or ``fp16``, in which frames are decoded. Default: that of a continued state,
+            else what the backend declares in ``vae_precisions``, else float32 as published (float64 with ``fp64``).
+            Pictures are encoded in float32.
+
+    Raises:
+        InputError: the backend does not decode in that.
     """
 
-    def __init__(self, model: Model, backend: Backend, precision: str, fallback: str = "error") -> None:
+    def __init__(
+        self,
+        model: Model,
+        backend: Backend,
+        precision: str,
+        fallback: str = "error",
+        vae_precision: str | None = None,
+    ) -> None:
         self.model, self.backend, self.precision, self.fallback = model, backend, precision, fallback
         self.dtype = PRECISIONS[precision]
         self.text = model.text(self.dtype, backend.device)
-        vae = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.codec = Codec(model.vae, model.vae_weights, backend, vae, fallback)
+        self.vae_precision = choose_vae_precision(vae_precision, precision, backend)
+        self._vae_asked = vae_precision is not None
+        self.codec = Codec(model.vae, model.vae_weights, backend, VAE_DTYPES[self.vae_precision], fallback)
         self._denoiser: Denoiser | None = None
         self._apart: bool | None = None
         self._encoded: dict[tuple[str, int], Encoded] = {}
@@ -199,7 +213,8 @@ class Pipeline:
         """How a request is executed, as JSON values.
 
         A state's own way to decode is kept, so that a resumed run gives the same bits where free memory has changed;
-        so is what its backend had chosen. Raises BackendError where that cannot be had here.
+        so is its arithmetic unless another was asked for, and what its backend had chosen. Raises BackendError where
+        that cannot be had here.
         """
         if state is not None:
             self.backend.use_execution_plan(state.plan.get("execution", {}))
@@ -207,10 +222,6 @@ class Pipeline:
         denoiser = self.denoiser(
             request
         )  # before the VAE is cut: the VAE is given a share of what its weights leave free
-        if state is not None and "vae" in state.plan:
-            decoding = dict(state.plan["vae"])
-        else:
-            decoding = plan_of(self.codec.choose(request.batch, CHUNK_LATENTS, request.height, request.width))
         return {
             "backend": self.backend.label,
             **({"options": dict(self.backend.chosen)} if self.backend.chosen else {}),
@@ -218,10 +229,20 @@ class Pipeline:
             "fallback": self.fallback,
             "model": self.model.identity,
             "graphs": denoiser.program.plan.digest[:16],
-            "vae": decoding,
+            "vae": self._decoding(request, state),
             "torch": torch.__version__,
             "execution": dict(self.backend.execution_plan()),
         }
+
+    def _decoding(self, request: Request, state: RunState | None) -> dict[str, Any]:
+        """How chunks are decoded, as ``plan_of`` writes it."""
+        if state is not None and (kept := state.plan.get("vae")):
+            dtype = decoding_of(kept, state.plan.get("precision", self.precision))
+            if dtype == self.codec.dtype or not self._vae_asked:
+                choose_vae_precision(vae_name(dtype), self.precision, self.backend)  # may be no dtype of this backend's
+                return dict(kept)
+        split = self.codec.choose(request.batch, CHUNK_LATENTS, request.height, request.width)
+        return plan_of(split, self.codec.dtype)
 
     def denoiser(self, request: Request) -> Denoiser:
         """The transformer's program for a request; the one in use, if it fits."""
@@ -287,6 +308,7 @@ class Pipeline:
             transformer=self.model.transformer,
             scheduler=self.model.scheduler,
             split=split_of(plan["vae"]),
+            decoding=decoding_of(plan["vae"], self.precision),
             plan=plan,
             progress=progress,
         )
@@ -348,6 +370,7 @@ def load(
     fallback: str = "error",
     seed_weights: int = 0,
     backend_options: Mapping[str, str] | None = None,
+    vae_precision: str | None = None,
 ) -> Pipeline:
     """A pipeline, ready for requests; weights are read at the first one.
 
@@ -360,6 +383,7 @@ def load(
         fallback: ``error`` or ``reference``, for ops that the backend lacks.
         seed_weights: of random weights.
         backend_options: of a backend given by name, such as ``{"memory": "low"}``; `helios backends` lists them.
+        vae_precision: ``fp32``, ``bf16`` or ``fp16``, of decoding; see ``Pipeline``.
 
     Raises:
         InputError: neither or both of folder and size, an unknown name, or options for an instance.
@@ -378,4 +402,4 @@ def load(
         model = folder_model(path_or_repo, variant)
     else:
         model = sized_model(cast(str, size), variant, seed_weights)
-    return Pipeline(model, chosen, name, fallback)
+    return Pipeline(model, chosen, name, fallback, vae_precision)

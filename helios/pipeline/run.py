@@ -98,7 +98,7 @@ class Run:
         request: what is asked for.
         denoiser, codec, text: the networks.
         transformer, scheduler: configs.
-        split: how frames are decoded.
+        split, decoding: how frames are decoded, and in which dtype.
         plan: of the execution, kept in each state.
         progress: told after each step.
         encoded: texts that need no encoder any more, with their number of tokens.
@@ -114,13 +114,15 @@ class Run:
         transformer: TransformerConfig,
         scheduler: SchedulerConfig,
         split: Split,
+        decoding: torch.dtype,
         plan: Mapping[str, Any],
         progress: Callable[[Progress], None] | None = None,
         encoded: Mapping[tuple[str, int], Encoded] = MappingProxyType({}),
     ) -> None:
         self.request, self.denoiser, self.codec, self.text = request, denoiser, codec, text
         self.transformer, self.scheduler = transformer, scheduler
-        self.split, self.plan, self.progress, self.encoded = split, plan, progress, encoded
+        self.split, self.decoding = split, decoding
+        self.plan, self.progress, self.encoded = plan, progress, encoded
         self._noise = AheadNoise(request.seed) if request.rng == "helios" else None
         self._embeddings: dict[str, Tensor] = {}
         self._negative: Context | None = None
@@ -152,7 +154,7 @@ class Run:
             self._on_step(state.chunk, laps),
         )
         laps.lap("denoise")
-        video = self.codec.decode(latents, self.split)
+        video = self.codec.decode(latents, self.split, self.decoding)
         self._draw_ahead(state.chunk + 1)
         frames = host_frames(self.codec.backend, video)
         host = self.codec.backend.fetch(latents)

@@ -30,7 +30,7 @@ from torch import Tensor
 from helios.errors import InputError, StateError
 from helios.media import SegmentWriter
 from helios.media.storage import atomic, writing
-from helios.pipeline.codec import Codec, host_frames, split_of
+from helios.pipeline.codec import Codec, decoding_of, host_frames, split_of
 from helios.pipeline.request import FPS
 from helios.pipeline.run import Chunk
 from helios.pipeline.state import RunState
@@ -235,7 +235,9 @@ def lock(path: Path) -> Iterator[None]:
 
 def decode_again(codec: Codec, saved: Saved) -> Tensor:
     """The frames of a finished chunk, ``[b, 33, h, w, 3]`` uint8 on the host, decoded in the way that its plan says."""
-    video = codec.decode(saved.latents.to(codec.backend.device), split_of(saved.state.plan["vae"]))
+    plan = saved.state.plan
+    dtype = decoding_of(plan["vae"], plan["precision"])
+    video = codec.decode(saved.latents.to(codec.backend.device), split_of(plan["vae"]), dtype)
     return host_frames(codec.backend, video)
 
 

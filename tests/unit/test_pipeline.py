@@ -182,11 +182,11 @@ def test_a_state_of_another_size_or_generator_is_refused() -> None:
 
 def test_the_way_to_decode_is_kept_in_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     first = next(iter(tiny().stream("a cat", chunks=1, **SMALL)))
-    assert first.state.plan["vae"] == {"group": 9}
+    assert first.state.plan["vae"] == {"group": 9, "precision": "fp32"}
     monkeypatch.setattr(type(tiny().codec), "choose", lambda self, *a, **k: Split(2))
     request = tiny().request("a cat", **SMALL)
-    assert tiny().plan(request)["vae"] == {"group": 2}
-    assert tiny().plan(request, first.state)["vae"] == {"group": 9}
+    assert tiny().plan(request)["vae"] == {"group": 2, "precision": "fp32"}
+    assert tiny().plan(request, first.state)["vae"] == {"group": 9, "precision": "fp32"}
     for split in (Split(3), Split(1, helios.model.vae_split.Tile(64, 48))):
         assert split_of(plan_of(split)) == split
 

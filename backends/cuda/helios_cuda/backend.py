@@ -46,6 +46,11 @@ class CudaBackend(Backend):
 
     name = "cuda"
     precisions = ("bf16", "fp32")
+    vae_precisions: Mapping[str, str] = {
+        # No tensor cores multiply in float32: convolutions would take the longest part of a chunk.
+        **dict.fromkeys(("bf16", "fp8", "fp8-attention", "fp8-weights"), "bf16"),
+        "fp16": "fp16",
+    }
     fusions = (
         "adaln",
         "channel_norm_silu",
