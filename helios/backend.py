@@ -169,6 +169,21 @@ class Backend:
         with self.explained("its work"):
             return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.cpu()
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether what is queued ``beside`` is computed while the host and the device go on: runs then begin a chunk
+        before they hand out the one before it."""
+        return False
+
+    def beside(self, *tensors: Tensor) -> AbstractContextManager[None]:
+        """Within, work, marks and fetches belong to a queue beside the usual one; here it is the same.
+
+        Args:
+            tensors: of the usual queue, read within: all that was queued there before is waited for by the device.
+                Without any nothing is waited for. What is computed within is to be fetched within, now or later.
+        """
+        return contextlib.nullcontext()
+
     def explained(self, doing: str) -> AbstractContextManager[None]:
         """Within, what the device raises is told as a BackendError, where the backend knows what it means.
 

@@ -13,7 +13,6 @@ continues a run, or branches off from it with another prompt.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -312,12 +311,8 @@ class Pipeline:
             plan=plan,
             progress=progress,
         )
-        indices = itertools.count(state.chunk) if request.chunks is None else range(state.chunk, request.chunks)
         try:
-            for _ in indices:
-                chunk = run.chunk(state)
-                state = chunk.state
-                yield chunk
+            yield from run.chunks(state)
         finally:
             self.text.release()
 

@@ -1,11 +1,11 @@
-"""One chunk of a run: a pure function of the weights, the request and the state before it."""
+"""The chunks of a run: each is a pure function of the weights, the request and the state before it."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -91,6 +91,29 @@ class _Laps:
         return {**parts, "total": between(self._marks[0][1], self._marks[-1][1])}
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class _Begun:
+    """A chunk on its way. Its tensors stay until its frames are on the host: a queue beside reads them when it may.
+
+    Attributes:
+        before: the state that it follows.
+        prompt, rng: of the state after it.
+        latents: on the device.
+        video: on the device, once decoding is queued.
+        host, after: its latents on the host, and the state after it, once they are asked for.
+    """
+
+    before: RunState
+    prompt: PromptState
+    rng: Tensor
+    latents: Tensor
+    laps: _Laps
+    warnings: tuple[str, ...]
+    video: Tensor | None = None
+    host: Tensor | None = None
+    after: RunState | None = None
+
+
 class Run:
     """Makes chunks of one request. Holds bound prompts and nothing that a chunk could change.
 
@@ -129,12 +152,42 @@ class Run:
         self._prompt: tuple[Any, Context] | None = None
         self._warnings: list[str] = list(request.warnings)
 
-    def chunk(self, state: RunState) -> Chunk:
-        """The next chunk after a state.
+    def chunks(self, state: RunState) -> Iterator[Chunk]:
+        """The chunks after a state, to the end of the request.
+
+        Where the backend has a queue beside, a chunk is decoded there while the next one is denoised, and handed out
+        when that has been begun. Not the first one, which somebody waits for; and none where prompts arrive meanwhile,
+        since the next chunk would not have seen what its prompt was chosen by.
 
         Raises:
             StateError: the state is of another size or kind of random numbers than the request.
         """
+        script, first = self.request.script, state.chunk
+        ahead = self.codec.backend.overlaps and (script is None or script.ask is None)
+        waiting: list[_Begun] = []
+        for index in self._indices(first):
+            try:
+                begun = self._begin(state)
+            except Exception:
+                yield from self._finished(waiting)  # whatever became of its successor
+                raise
+            yield from self._finished(waiting)
+            self._decode(begun)
+            if ahead and index > first:
+                waiting.append(begun)
+                state = self._after(begun)
+            else:
+                chunk = self._finish(begun)
+                state = chunk.state
+                yield chunk
+        yield from self._finished(waiting)
+
+    def _indices(self, first: int) -> Iterator[int]:
+        count = self.request.chunks
+        return itertools.count(first) if count is None else iter(range(first, count))
+
+    def _begin(self, state: RunState) -> _Begun:
+        """Queue the next chunk after a state up to its latents."""
         self._require_fit(state)
         laps = _Laps(self.codec.backend)
         noise = self._noise or noise_of(self.request)
@@ -154,13 +207,29 @@ class Run:
             self._on_step(state.chunk, laps),
         )
         laps.lap("denoise")
-        video = self.codec.decode(latents, self.split, self.decoding)
-        self._draw_ahead(state.chunk + 1)
-        frames = host_frames(self.codec.backend, video)
-        host = self.codec.backend.fetch(latents)
-        laps.lap("decode")
         warnings, self._warnings = tuple(self._warnings), []
-        return Chunk(state.chunk, host, frames, self._after(state, host, prompt, noise), laps.seconds(), warnings)
+        return _Begun(state, prompt, noise.state(), latents, laps, warnings)
+
+    def _decode(self, begun: _Begun) -> None:
+        """Queue its decoding."""
+        with self.codec.backend.beside(begun.latents):
+            begun.video = self.codec.decode(begun.latents, self.split)
+        self._draw_ahead(begun.before.chunk + 1)
+
+    def _finish(self, begun: _Begun) -> Chunk:
+        """Wait for it."""
+        backend, video = self.codec.backend, begun.video
+        assert video is not None
+        with backend.beside():
+            frames = host_frames(backend, video)
+            state = self._after(begun)
+            begun.laps.lap("decode")
+        assert begun.host is not None
+        return Chunk(begun.before.chunk, begun.host, frames, state, begun.laps.seconds(), begun.warnings)
+
+    def _finished(self, waiting: list[_Begun]) -> Iterator[Chunk]:
+        while waiting:
+            yield self._finish(waiting.pop(0))
 
     def _draw_ahead(self, chunk: int) -> None:
         """Draw for the next chunk while the device decodes this one; where the host decodes, nothing is won."""
@@ -251,8 +320,15 @@ class Run:
 
         return tell
 
-    def _after(self, state: RunState, latents: Tensor, prompt: PromptState, noise: Noise) -> RunState:
-        request, window = self.request, self.request.window
+    def _after(self, begun: _Begun) -> RunState:
+        """The state after a chunk; waits for its latents."""
+        if begun.after is None:
+            begun.host = self.codec.backend.fetch(begun.latents)
+            begun.after = self._state_after(begun, begun.host)
+        return begun.after
+
+    def _state_after(self, begun: _Begun, latents: Tensor) -> RunState:
+        request, window, state = self.request, self.request.window, begun.before
         first = state.chunk == 0 and state.anchor is None
         takes = window.keep_first_frame and (first or (request.skip_first_chunk and state.chunk == 1))
         origin = {name: state.settings[name] for name in ("kind", "given") if name in state.settings}
@@ -260,8 +336,8 @@ class Run:
             chunk=state.chunk + 1,
             history=window.extend(state.history, latents),
             anchor=latents[:, :, :1].clone() if takes else state.anchor,
-            rng=noise.state(),
-            prompt=prompt,
+            rng=begun.rng,
+            prompt=begun.prompt,
             settings=request.settings() | origin,
             # What the autoencoder's program made the backend choose is known only now.
             plan={**self.plan, "execution": dict(self.denoiser.program.backend.execution_plan())},
