@@ -16,7 +16,7 @@ from helios.errors import InputError
 from helios.lower import compile_kernels
 from helios.passes import Plan
 from helios.program import Program
-from helios_cuda import failures, gemm, interpreter, probe, record
+from helios_cuda import failures, gemm, interpreter, probe, record, streams
 from helios_cuda.attention import Chooser, forms
 from helios_cuda.attention_libraries import describe
 from helios_cuda.graphs import CudaRecorder, Recorder
@@ -37,7 +37,8 @@ class CudaBackend(Backend):
             labelled emulated wherever its results show.
         index: of the GPU.
         options: ``memory``: ``full`` has all weights on the GPU, ``low`` keeps those that do not fit in host memory.
-            ``graphs``: whether steps are captured as CUDA graphs and replayed.
+            ``graphs``: whether steps are captured as CUDA graphs and replayed. ``overlap``: whether chunks are decoded
+            on a second stream while the next one is denoised.
 
     Attributes:
         eager: why steps run kernel by kernel; empty where they are captured.
@@ -62,7 +63,11 @@ class CudaBackend(Backend):
         "unipc_step",
     )
 
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"memory": ("full", "low"), "graphs": ("on", "off")}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "memory": ("full", "low"),
+        "graphs": ("on", "off"),
+        "overlap": ("off", "on"),
+    }
 
     def __init__(self, provider: str = "", index: int = 0, **options: str) -> None:
         if provider not in ("", INTERPRET):
@@ -129,6 +134,13 @@ class CudaBackend(Backend):
         with self.explained("its work"):
             second.synchronize()
             return float(first.elapsed_time(second)) / 1e3
+
+    @property
+    def overlaps(self) -> bool:
+        return self.chosen["overlap"] == "on" and not self._interpreted
+
+    def beside(self, *tensors: Tensor) -> AbstractContextManager[None]:
+        return streams.beside(self.device, tensors) if self.overlaps else super().beside()
 
     def fetch(self, tensor: Tensor) -> Tensor:
         if tensor.device.type in ("cpu", "meta") or self._landing is None:

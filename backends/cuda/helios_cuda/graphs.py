@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from helios.graph import Graph, Rate, Value
+from helios_cuda import streams
 
 __all__ = ["CudaRecorder", "Evaluate", "NotCaptured", "Recorder", "Steps", "capture", "reads_a_context"]
 
@@ -55,11 +56,11 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs with one memory pool, captured on a stream beside the current one."""
+    """CUDA graphs with one memory pool, captured on the device's stream for that."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = streams.of_device(device, streams.CAPTURES)
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], object]) -> None:
@@ -72,11 +73,22 @@ class CudaRecorder:
         torch.cuda.empty_cache()  # its activations belong to a stream that nothing runs on again
 
     def capture(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, which write finished chunks, may go on using CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = run()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            # Other threads, which write finished chunks, may go on using CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = run()
+        except BaseException:
+            # Where the end of a capture fails as well, torch leaves its stream the current one, and its allocator with
+            # a function that reads the graph.
+            torch.cuda.set_stream(current)
+            _BROKEN.append(graph)
+            raise
         return graph.replay, result
+
+
+_BROKEN: list[torch.cuda.CUDAGraph] = []
+"""Captures that broke off: they stay, see ``CudaRecorder.capture``."""
 
 
 def reads_a_context(graph: Graph) -> bool:
@@ -145,6 +157,13 @@ def _bytes_of(graph: Graph) -> int:
     return sum(v.type.nbytes for node in graph.nodes for v in node.outputs)
 
 
+def _first(error: BaseException) -> BaseException:
+    """What came before all that it brought about: the end of a broken capture fails too, and says no more than that."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return error
+
+
 class _Buffers:
     """Static memory for inputs by name, which knows what lies in it."""
 
@@ -196,7 +215,8 @@ class _Entry:
         try:
             self._replay, self._results = recorder.capture(lambda: evaluate(self._environment()))
         except RuntimeError as error:
-            raise NotCaptured(f"{name}: {error}") from error
+            first = _first(error)
+            raise NotCaptured(f"{name}: {first}") from first
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert self._replay is not None

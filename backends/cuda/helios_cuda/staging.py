@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from helios_cuda import streams
+
 __all__ = ["CudaLink", "Landing", "Link", "Mark", "Staging"]
 
 SLICE = 32 << 20
@@ -49,21 +51,23 @@ class Link(Protocol):
 
 
 class CudaLink:
-    """The current stream computes, and one of its own copies."""
+    """The current stream computes; two others copy, one each way: bytes on their way in wait for none on their way out,
+    which wait for results."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device)
 
     def pinned(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def send(self, target: Tensor, source: Tensor, after: Mark | None = None) -> Mark:
+        purpose = streams.LANDINGS if target.device.type == "cpu" else streams.SENDS
+        copies = streams.of_device(self._device, purpose)
         if after is not None:
-            self._copies.wait_event(after)
-        with torch.cuda.stream(self._copies):
+            copies.wait_event(after)
+        with torch.cuda.stream(copies):
             target.copy_(source, non_blocking=True)
-            return self._copies.record_event()
+            return copies.record_event()
 
     def mark(self) -> Mark:
         return torch.cuda.current_stream(self._device).record_event()
