@@ -58,6 +58,7 @@ def test_kernels_are_judged_timed_and_tuned(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_film_is_measured_and_profiled(tmp_path: Path) -> None:
     printed, records = run(tmp_path, "realtime")
+    assert records.pop("overlap/tiny")["status"] == "not there"  # the cpu backend has one queue
     assert {record["status"] for record in records.values()} == {"measured"}
     film = records["film/tiny/1-1-1"]
     assert film["fps"] == pytest.approx(33 / film["p50_s"])  # two chunks, so one is steady

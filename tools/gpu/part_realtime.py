@@ -13,6 +13,7 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 
+import overlapped
 import rates
 import running
 import torch
@@ -23,6 +24,8 @@ from rig import Rig
 PART = "realtime"
 STEPS = ((1, 1, 1), (2, 2, 2))
 MOST_CHUNKS = 45
+BESIDE_CHUNKS = 9
+"""Of each of six videos that compare decoding beside the next chunk with decoding before it: about a minute."""
 SECONDS = 60.0
 """Of one video: what fits into eight minutes beside everything else."""
 ROWS = 15
@@ -52,6 +55,8 @@ def _items(rig: Rig, args: argparse.Namespace, clock: Clock) -> Iterator[Item]:
         name = "-".join(map(str, steps))
         take = functools.partial(_film, scene, clock, steps, chunks)
         yield Item(f"film/{size}/{name}", f"a video at {list(steps)}", size, name, take, need)
+    turns = functools.partial(overlapped.in_turns, scene, STEPS[0], 3 if args.tiny else BESIDE_CHUNKS)
+    yield Item(f"overlap/{size}", "decoding beside denoising", size, "overlap", turns, need)
     for stage in ("denoise.2", "denoise.1", "denoise.0"):
         yield Item(
             f"step/{size}/{stage}", "one forward", size, stage, functools.partial(scene.time_step, stage), need / 3
@@ -91,6 +96,8 @@ def report(records: Sequence[Record]) -> Iterator[str]:
             yield f"   {r['weights']}; no text encoder: a stand-in"
         if kind == "film" and "fps" in r:
             yield from _film_lines(r)
+        if kind == "overlap":
+            yield from overlapped.lines(r)
         if kind == "step":
             yield f"one forward, {r['column']}: {r['ms_median']:.2f} ms, {r['tflops']:.1f} TFLOP/s"
     for r in taken:
