@@ -147,4 +147,5 @@ def rows_apart(x: Tensor) -> Tensor:
 
 def name_of(dtype: torch.dtype) -> str:
     """How the tables call a dtype."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype)[6:])
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e4m3"}
+    return short.get(dtype, str(dtype)[6:])

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from helios.backend import Kernel
-from helios_cuda.kernels import attention, norm, pointwise, resample, residual, rope, sampler, vae
+from helios_cuda.kernels import attention, norm, pointwise, quantize, resample, residual, rope, sampler, vae
 
 __all__ = ["KERNELS"]
 
-FAMILIES = (attention, norm, pointwise, resample, residual, rope, sampler, vae)
+FAMILIES = (attention, norm, pointwise, quantize, resample, residual, rope, sampler, vae)
 
 KERNELS: Mapping[str, Kernel] = {name: kernel for family in FAMILIES for name, kernel in family.KERNELS.items()}
