@@ -54,8 +54,12 @@ class CudaBackend(Backend):
     }
     fusions = (
         "adaln",
+        "adaln_quantize",
         "channel_norm_silu",
         "gated_add_adaln",
+        "gated_add_adaln_quantize",
+        "gelu_quantize",
+        "layer_norm_quantize",
         "linear_gelu",
         "qk_norm_rope",
         "qkv_linear",
