@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from helios.backend import PRECISIONS, Backend, ReferenceBackend
-from helios.media import to_frames
 from helios.model import presets
 from helios.model.shapes import transformer_shapes, vae_shapes
 from helios.model.text import Encoded
@@ -36,7 +35,6 @@ __all__ = [
     "Video",
     "chunk_after",
     "coverage_of",
-    "decoded",
     "first_chunk_errors",
     "frame_digests",
     "golden_video",
@@ -144,7 +142,7 @@ def model_of(variant: str, root: Root, dtype: torch.dtype) -> Model:
 class _Undecoded(Codec):
     """Frames are black: where only latents are compared, decoding would be two thirds of the work."""
 
-    def decode(self, latents: Tensor, split: Split) -> Tensor:
+    def decode(self, latents: Tensor, split: Split, dtype: torch.dtype | None = None) -> Tensor:
         b, _, t, h, w = latents.shape
         return torch.zeros(b, 3, 4 * (t - 1) + 1, 8 * h, 8 * w)
 
@@ -224,12 +222,6 @@ def chunk_after(pipeline: Pipeline, video: Video, root: Root, index: int, state:
 def vae_weights() -> LoudWeights:
     """The autoencoder's, float32: the same in every run."""
     return LoudWeights(vae_shapes(VAE), "video vae", torch.float32)
-
-
-def decoded(latents: Tensor) -> Tensor:
-    """The oracle's frames of float32 latents: decoded in float64, ``[b, 33, h, w, 3]`` uint8."""
-    codec = Codec(VAE, vae_weights(), ReferenceBackend(), torch.float64)
-    return to_frames(codec.decode(latents.double(), Split(latents.shape[2])))
 
 
 def frame_digests(frames: Tensor) -> list[str]:

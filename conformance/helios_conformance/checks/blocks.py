@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from helios.backend import PRECISIONS
 from helios.model import presets
 from helios.model.config import SchedulerConfig, TransformerConfig
-from helios_conformance.case import Case, Check
+from helios_conformance.case import Case, Check, Level, Suite
+from helios_conformance.frames import is_narrow
 from helios_conformance.golden import Scene
 from helios_conformance.graph_runs import SceneCheck
 from helios_conformance.scenes.forward import Forward
@@ -16,7 +18,7 @@ from helios_conformance.scenes.sampler import Sampler
 from helios_conformance.scenes.vae import VAE, VaeBlocks, VaeVideo
 from helios_conformance.scenes.weights import calm
 
-__all__ = ["CHECKS", "blocks", "samplers", "vaes"]
+__all__ = ["CHECKS", "blocks", "half_vaes", "samplers", "vaes"]
 
 
 def _config(size: str, layers: int, **changes: Any) -> TransformerConfig:
@@ -89,7 +91,7 @@ def vaes() -> Mapping[str, Scene]:
 
 
 class Vaes(SceneCheck):
-    """The autoencoder, in float32 as in every pipeline."""
+    """The autoencoder in float32, as published: decoders of most backends, and encoders of all."""
 
     name = "vae"
 
@@ -101,6 +103,39 @@ class Vaes(SceneCheck):
 
     def scene(self, case: Case) -> Scene:
         return vaes()[case.params["scene"]]
+
+
+def half_vaes() -> Mapping[str, Scene]:
+    """The decoders of ``vaes`` in the working dtype, by what stands in the id."""
+    return {key: _working(scene) for key, scene in vaes().items() if "decode" in key}
+
+
+def _working(scene: Scene) -> Scene:
+    if isinstance(scene, VaeBlocks):
+        return dataclasses.replace(scene, video=dataclasses.replace(scene.video, working=True))
+    assert isinstance(scene, VaeVideo)
+    return dataclasses.replace(scene, working=True)
+
+
+class HalfVaes(SceneCheck):
+    """The decoder in the working dtype, where that is narrower than float32: blocks, and whole videos at level model.
+
+    Of every backend, whatever it decodes in by default: a user may ask for the other.
+    """
+
+    name = "vae_half"
+
+    def cases(self, precision: str) -> Iterator[Case]:
+        if not is_narrow(PRECISIONS[precision]):
+            return
+        for key in half_vaes():
+            level: Level = "blocks" if "blocks" in key else "model"
+            suite: Suite = "full" if key.startswith("wide") else "quick"
+            params = {"scene": key}
+            yield Case(f"vae_half[{precision},{key}]", level, self.name, precision, params, suite, timeout=300.0)
+
+    def scene(self, case: Case) -> Scene:
+        return half_vaes()[case.params["scene"]]
 
 
 def _scheduler(variant: str, **changes: Any) -> SchedulerConfig:
@@ -139,4 +174,4 @@ class Samplers(SceneCheck):
         return samplers()[case.params["scene"]]
 
 
-CHECKS: tuple[Check, ...] = (Blocks(), Vaes(), Samplers())
+CHECKS: tuple[Check, ...] = (Blocks(), Vaes(), HalfVaes(), Samplers())

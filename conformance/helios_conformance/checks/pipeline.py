@@ -2,10 +2,10 @@
 
 Each case is exact or within budget, and says which:
 
-- ``video``: latents within budget of the oracle's, chunk by chunk from the oracle's states; frames within one level of
-  what float64 makes of the device's own latents.
+- ``video``: latents within budget of the oracle's, chunk by chunk from the oracle's states; frames within what the
+  arithmetic of the VAE allows of what float64 makes of the device's own latents (``frames.py``).
 - ``same``: bit for bit. The digests of every run are kept.
-- ``codec``: the video in any groups, within budget.
+- ``codec``: the video in any groups, within budget; in float32, and decoded in the working dtype.
 - ``beside``: a video of a batch and the same video alone, both within budget of what it is alone.
 - ``free_run``: drawn, not judged; see ``divergence``.
 """
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from helios.backend import ReferenceBackend
+from helios.backend import PRECISIONS, ReferenceBackend
 from helios.graph import TensorType
 from helios.model.vae_split import Split, Tile
 from helios.pipeline.codec import Codec, to_host
-from helios_conformance import budget
+from helios_conformance import budget, frames
 from helios_conformance.beside import Beside
 from helios_conformance.budget import Errors
-from helios_conformance.case import Case, Check, Judged, Kept, Observation, Suite, Verdict
+from helios_conformance.case import Case, Check, Judged, Observation, Suite, Verdict
 from helios_conformance.divergence import FreeRun
 from helios_conformance.draws import Root, normal
 from helios_conformance.exact import Same
@@ -37,7 +37,6 @@ from helios_conformance.videos import (
     Video,
     chunk_after,
     coverage_of,
-    decoded,
     frame_digests,
     golden_video,
     latents_only,
@@ -49,12 +48,7 @@ if TYPE_CHECKING:
     from helios_conformance.references import References
     from helios_conformance.session import Session
 
-__all__ = ["CHECKS", "FLIPS", "videos"]
-
-FLIPS = 1e-3
-"""Part of the frames' values that may be one level off. Float32 decoding errs by about 4e-7 of a video that spans 2,
-that is by 5e-5 of a level, and so often does a value cross the border between two levels (measured: 1e-5 to 5e-5).
-TF32 errs a thousandfold."""
+__all__ = ["CHECKS", "videos"]
 
 _TERMS = 64
 """Of the longest sum in the tiny transformer."""
@@ -106,7 +100,7 @@ class Videos:
         outputs["frames"] = chunks[-1].frames
         shares = _shares(video)
         kept = {name: keep(root, case, name, x, shares[name]) for name, x in outputs.items()}
-        facts = {"frames": [frame_digests(chunk.frames) for chunk in chunks]}
+        facts = {"frames": [frame_digests(chunk.frames) for chunk in chunks], "vae": pipeline.vae_precision}
         return Observation(kept, facts, coverage_of(pipeline))
 
     def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
@@ -126,26 +120,26 @@ class Videos:
             return Verdict(
                 "fail", "; ".join([*reasons, "the last latents are not whole: they cannot be decoded"]), judged
             )
-        frames = self._frames(case, observation.outputs["frames"], last.values.reshape(video.latents), root, shares)
-        if isinstance(frames, str):
-            return Verdict("fail", "; ".join([*reasons, frames]), judged)
-        judged["frames"] = frames
-        reasons += [f"frames: {line}" for line in budget.exceeded(frames.errors, frames.bounds)]
+        shown = self._frames(case, observation, last.values.reshape(video.latents), root, shares["frames"])
+        if isinstance(shown, str):
+            return Verdict("fail", "; ".join([*reasons, shown]), judged)
+        judged["frames"] = shown
+        reasons += [f"frames: {line}" for line in budget.exceeded(shown.errors, shown.bounds)]
         return Verdict("fail" if reasons else "pass", "; ".join(reasons), judged)
 
     @staticmethod
-    def _frames(case: Case, kept: Kept, latents: Tensor, root: Root, shares: Mapping[str, int]) -> Judged | str:
+    def _frames(case: Case, observation: Observation, latents: Tensor, root: Root, share: int) -> Judged | str:
         """The device's frames against the oracle's decoding of the device's own latents."""
-        oracle = decoded(latents)
-        if misfit := kept.misfit(oracle.shape, torch.uint8):
+        kept, vae = observation.outputs["frames"], observation.facts.get("vae")
+        if vae not in frames.allowed_in(case.precision):
+            return f"frames were decoded in {vae}, wanted {' or '.join(frames.allowed_in(case.precision))}"
+        right = frames.right_frames(VAE, vae_weights(), latents, Split(latents.shape[2]), vae)
+        if misfit := kept.misfit(right.exact.shape, torch.uint8):
             return f"frames came as {misfit}"
-        right = chosen_of(root, case, "frames", kept, oracle, shares["frames"]).double()
-        if right.shape != kept.values.shape:
-            return f"{kept.values.numel()} values of the frames are kept, their digest chooses {right.numel()}"
-        errors = budget.measure(kept.values, right)
-        one = float(1.0 / right.square().mean().sqrt())
-        allowed = Errors(float("inf"), one * 1.000001, float("inf"), FLIPS + 4 / errors.count, errors.count)
-        return Judged(errors, allowed, None)
+        chosen = right.map(lambda whole: chosen_of(root, case, "frames", kept, whole, share))
+        if chosen.exact.shape != kept.values.shape:
+            return f"{kept.values.numel()} values of the frames are kept, their digest chooses {chosen.exact.numel()}"
+        return frames.judge(kept.values, chosen, right, vae)
 
     def reference(self, case: Case, root: Root) -> Mapping[str, Errors]:
         video = videos()[case.params["scene"]]
@@ -188,16 +182,19 @@ class Codecs:
 
     def cases(self, precision: str) -> Iterator[Case]:
         yield Case(f"codec[{precision},groups]", "pipeline", self.name, precision, timeout=300.0)
+        if frames.is_narrow(PRECISIONS[precision]):
+            params = {"working": True}
+            yield Case(f"codec[{precision},half]", "pipeline", self.name, precision, params, timeout=300.0)
 
     def observe(self, case: Case, session: Session) -> Observation:
-        codec = Codec(VAE, vae_weights(), session.backend, torch.float32, session.fallback)
-        outputs = {name: session.to_host(x) for name, x in _coded(codec, session.root).items()}
+        codec = Codec(VAE, vae_weights(), session.backend, _decoding(case), session.fallback)
+        outputs = {name: session.to_host(x) for name, x in _coded(codec, session.root, case).items()}
         kept = {n: keep(session.root, case, n, x, len(outputs)) for n, x in outputs.items()}
         return Observation(kept, {}, [row for coverage in codec.coverage for row in coverage.rows()])
 
     def judge(self, case: Case, observation: Observation, root: Root, references: References) -> Verdict:
-        oracle = _coded(Codec(VAE, vae_weights(), ReferenceBackend(), torch.float64), root)
-        wanted = {name: Wanted(TensorType(tuple(x.shape), torch.float32), 432) for name, x in oracle.items()}
+        oracle = _coded(Codec(VAE, vae_weights(), ReferenceBackend(), torch.float64), root, case)
+        wanted = {name: Wanted(TensorType(tuple(x.shape), _decoding(case)), 432) for name, x in oracle.items()}
         judged, reasons = judge_kept(case, observation, root, references, oracle, wanted)
         return Verdict("fail" if reasons else "pass", "; ".join(reasons), judged)
 
@@ -206,18 +203,25 @@ class Codecs:
         for draw in range(6):
             one = Root(64 * root.seed + draw, root.nonce)
             oracle, came = (
-                _coded(Codec(VAE, vae_weights(), ReferenceBackend(), dtype), one)
-                for dtype in (torch.float64, torch.float32)
+                _coded(Codec(VAE, vae_weights(), ReferenceBackend(), dtype), one, case)
+                for dtype in (torch.float64, _decoding(case))
             )
             for name, right in oracle.items():
                 rows.setdefault(name, []).append(budget.measure(came[name], right))
         return {name: largest(errors) for name, errors in rows.items()}
 
 
-def _coded(codec: Codec, root: Root) -> dict[str, Tensor]:
-    """A video decoded in each way, and one encoded in groups."""
+def _decoding(case: Case) -> torch.dtype:
+    """Of the decoder: float32, or the working dtype."""
+    return PRECISIONS[case.precision] if case.params.get("working") else torch.float32
+
+
+def _coded(codec: Codec, root: Root, case: Case) -> dict[str, Tensor]:
+    """A video decoded in each way; and one encoded in groups, which is in float32 always."""
     latents = normal(root.key("codec", "latents"), (1, VAE.z_dim, 9, 4, 6))
     made = {name: to_host(codec.decode(latents, split)) for name, split in Codecs.splits.items()}
+    if case.params.get("working"):
+        return made
     video = normal(root.key("codec", "video"), (1, 3, 33, 32, 32), scale=0.4).clamp(-1.0, 1.0)
     noise = normal(root.key("codec", "noise"), (1, VAE.z_dim, 9, 4, 4))
     return made | {f"encode_{name}": codec.encode(video, noise, Split(n)) for name, n in (("whole", 9), ("group2", 2))}

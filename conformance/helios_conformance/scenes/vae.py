@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from helios.backend import PRECISIONS
 from helios.graph import Graph, Node, Rate, Value
 from helios.model.config import VaeConfig
 from helios.model.shapes import vae_shapes
@@ -38,6 +39,8 @@ class VaeVideo:
         groups: latents of each.
         height, width: of the video, in pixels.
         batch: videos.
+        working: in the precision's own dtype, as some backends decode; otherwise in float32, as published, whatever the
+            transformer computes in.
     """
 
     config: VaeConfig
@@ -46,12 +49,12 @@ class VaeVideo:
     height: int
     width: int
     batch: int = 1
+    working: bool = False
 
     forced = True
 
     def dtype(self, precision: str) -> torch.dtype:
-        """Always float32: the pipeline decodes in it, whatever the transformer computes in."""
-        return torch.float32
+        return PRECISIONS[precision] if self.working else torch.float32
 
     def graph(self, at: int, dtype: torch.dtype) -> Graph:
         size = {"batch": self.batch, "height": self.height, "width": self.width, "dtype": dtype}
@@ -74,12 +77,12 @@ class VaeVideo:
             caches = {name: x.to(dtype) for name, x in out.items() if name.startswith("cache.")}
 
     def given(self, root: Root, at: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Latents or frames of a group, drawn."""
+        """Latents or frames of a group, drawn in what the graph takes."""
         (value,) = (v for v in self.graph(at, dtype).inputs_at(Rate.STEP) if not v.name.startswith("cache."))
         key = root.key("vae", value.name, at)
         if self.half == "decode":
-            return {value.name: normal(key, value.shape, dtype)}
-        return {value.name: uniform(key, value.shape, dtype, 2.0, -1.0)}
+            return {value.name: normal(key, value.shape, value.dtype)}
+        return {value.name: uniform(key, value.shape, value.dtype, 2.0, -1.0)}
 
 
 @dataclasses.dataclass(frozen=True)
