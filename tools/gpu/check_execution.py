@@ -1,4 +1,4 @@
-"""Steps on a GPU, checked there: captured, fetched from the host and eager give the same bits; the host never waits.
+"""Steps and videos on a GPU, checked there: however they are queued they give the same bits, and the host never waits.
 
     python tools/gpu/check_execution.py [--size mini] [--height 128] [--width 128]
 
@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,13 +24,32 @@ from helios.backend import Backend
 from helios.lower import lower
 from helios.model import presets
 from helios.model.random_weights import RandomWeights
+from helios.pipeline import Chunk, Pipeline
 from helios.pipeline.denoise import Layout, denoise_graphs
 from helios.pipeline.history import Window
+from helios.pipeline.model import sized_model
+from helios.pipeline.run import Run
 from helios.program import Context, Program
 
 Make = Callable[..., Backend]
 Check = tuple[str, str]
 """What was checked, and what is wrong with it: empty where nothing is."""
+
+
+class Alike:
+    """Makes backends that choose as the first of them did, by measurement: others would have other bits."""
+
+    def __init__(self, make: Make) -> None:
+        self.make = make
+        self.first: Backend | None = None
+
+    def __call__(self, **options: str) -> Backend:
+        backend = self.make(**options)
+        if self.first is None:
+            self.first = backend
+        else:
+            backend.use_execution_plan(self.first.execution_plan())
+        return backend
 
 
 class Steps:
@@ -82,6 +105,7 @@ def checks(make: Make, size: str, height: int, width: int) -> Iterator[Check]:
     Args:
         make: the backend with its options.
     """
+    make = Alike(make)
     eager = Steps(make(graphs="off"), size, height, width)
     wanted = eager.all()
     yield "results come to the host as they are, behind what computes them", _fetched(eager.backend)
@@ -93,6 +117,9 @@ def checks(make: Make, size: str, height: int, width: int) -> Iterator[Check]:
     for kind, steps in (("captured", captured), ("eager", eager)):
         yield f"the host waits for nothing in {kind} steps", _waits(steps)
     del captured
+    others = Alike(make.make)
+    yield "a capture that breaks off is told, and what runs then and is captured later is right", _broken(others, size)
+    yield from _videos(Alike(make.make), size)
     with _no_room():
         fetched = Steps(make(memory="low"), size, height, width)
         yield "weights fetched from the host give the same bits", _differences(fetched.all(), wanted)
@@ -141,14 +168,106 @@ def _waits(steps: Steps) -> str:
     if steps.backend.device.type != "cuda":
         return ""
     steps.backend.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
-        for name in steps.names:
-            steps.velocity(name, 1, context)
+        with _not_waiting():
+            for name in steps.names:
+                steps.velocity(name, 1, context)
     except RuntimeError as error:
         return str(error).splitlines()[0]
+    return ""
+
+
+@contextlib.contextmanager
+def _not_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def _broken(make: Make, size: str) -> str:
+    """Wait for the device within a capture, which CUDA forbids; then go on in the same process."""
+    from helios_cuda.graphs import CudaRecorder
+
+    eager, real = Steps(make(graphs="off"), size, 64, 64), CudaRecorder.capture
+    if eager.backend.device.type != "cuda":
+        return ""
+    wanted, stream = eager.all(), torch.cuda.current_stream()
+    steps = Steps(make(), size, 64, 64)
+
+    def waiting(recorder: CudaRecorder, run: Callable[[], Any]) -> Any:
+        def within() -> Any:
+            made = run()
+            torch.cuda.synchronize()
+            return made
+
+        return real(recorder, within)
+
+    with mock.patch.object(CudaRecorder, "capture", waiting), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = _differences(steps.all(), wanted)
+    if not any("not permitted" in str(warning.message) for warning in told):
+        return f"it says {[str(warning.message) for warning in told]}"
+    if torch.cuda.current_stream() != stream:
+        return "another stream is the current one"
+    again = Steps(make(), size, 64, 64)
+    execution: Callable[[], Any] = getattr(again.program, "execution")  # noqa: B009
+    return found or _differences(again.all(), wanted) or ("" if execution()["graphs"] else "nothing is captured again")
+
+
+def _videos(make: Make, size: str) -> Iterator[Check]:
+    """Whole chunks, decoded after denoising and beside it, with two prompts."""
+    wanted, _ = _video(make(), size)
+    found, waits = _video(make(overlap="on"), size)
+    yield "chunks decoded beside denoising have the same bits", _unlike(found, wanted)
+    yield "the host waits for nothing while it queues a chunk", waits
+    plain, _ = _video(make(graphs="off", overlap="on"), size)
+    yield "also where steps are not captured", _unlike(plain, wanted)
+    times = [chunk.timings for chunk in found]
+    bad = [t for t in times if min(t.values()) < 0 or abs(sum(t.values()) - 2 * t["total"]) > 1e-3 * t["total"]]
+    yield "the times of their parts make up the whole", str(bad[0]) if bad else ""
+
+
+def _video(backend: Backend, size: str) -> tuple[list[Chunk], str]:
+    """Its chunks, and where the host waited while it queued the last."""
+    waits: list[str] = []
+    pipeline = Pipeline(sized_model(size, "distilled"), backend, "bf16")
+    prompts = [("a lighthouse", 1), ("a harbour", 2)]
+    settings = {"height": 64, "width": 64, "max_sequence_length": 64, "steps": 1, "seed": 5}
+    with _watched(backend, waits):
+        chunks = list(pipeline.stream(prompts=prompts, interpolation_steps=0, **settings))  # type: ignore[arg-type]
+    return chunks, waits[0] if waits else ""
+
+
+@contextlib.contextmanager
+def _watched(backend: Backend, waits: list[str]) -> Iterator[None]:
+    """Within, queueing a chunk may not wait, from the third on: before that programs are made and memory is taken."""
+    calls = itertools.count()
+
+    def queued(name: str, real: Callable[[Run, Any], Any]) -> Callable[[Run, Any], Any]:
+        def queue(run: Run, what: Any) -> Any:
+            if backend.device.type == "cuda" and next(calls) >= 4:
+                try:
+                    with _not_waiting():
+                        return real(run, what)
+                except RuntimeError as error:
+                    waits.append(f"{name.strip('_')}: {str(error).splitlines()[0]}")
+            return real(run, what)
+
+        return queue
+
+    with contextlib.ExitStack() as stack:
+        for name in ("_begin", "_decode"):
+            stack.enter_context(mock.patch.object(Run, name, queued(name, getattr(Run, name))))
+        yield
+
+
+def _unlike(found: list[Chunk], wanted: list[Chunk]) -> str:
+    for one, other in zip(found, wanted, strict=True):
+        for name in ("latents", "frames"):
+            if not torch.equal(getattr(one, name), getattr(other, name)):
+                return f"not the {name} of chunk {one.index}"
     return ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +35,7 @@ def make(**options: Any) -> Backend:
 
 def test_what_is_right_passes(tool: ModuleType) -> None:
     found = list(tool.checks(make, "tiny", 64, 64))
-    assert len(found) == 9
+    assert len(found) == 14
     assert [wrong for _, wrong in found if wrong] == []
 
 
@@ -59,6 +59,49 @@ def test_results_that_come_early_and_clocks_that_run_wrong_fail(tool: ModuleType
 
     assert tool._fetched(Hasty()) == "not with 4194305 bytes"
     assert " s of 0." in tool._timed(Hasty())
+
+
+def test_other_chunks_fail(tool: ModuleType) -> None:
+    def chunk(frame: float) -> SimpleNamespace:
+        return SimpleNamespace(index=1, latents=torch.ones(2), frames=torch.full((2,), frame))
+
+    assert tool._unlike([chunk(1.0)], [chunk(1.0)]) == ""
+    assert tool._unlike([chunk(1.0)], [chunk(2.0)]) == "not the frames of chunk 1"
+
+
+def test_waiting_while_a_chunk_is_queued_fails(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    strict: list[bool] = [False]
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: strict.append(mode == "error"))
+
+    def decode(run: Any, begun: Any) -> str:
+        if strict[-1]:
+            raise RuntimeError("called a synchronizing CUDA operation\nsecond line")
+        return "decoded"
+
+    monkeypatch.setattr(tool.Run, "_begin", lambda run, state: "begun")
+    monkeypatch.setattr(tool.Run, "_decode", decode)
+    waits: list[str] = []
+    backend = SimpleNamespace(device=torch.device("cuda"))
+    with tool._watched(backend, waits):
+        done = [(tool.Run._begin(None, None), tool.Run._decode(None, None)) for _ in range(3)]
+    assert done == [("begun", "decoded")] * 3
+    assert waits == ["decode: called a synchronizing CUDA operation"]
+    assert strict == [False, True, False, True, False]
+
+
+def test_backends_choose_as_the_first_did(tool: ModuleType) -> None:
+    class Chooses(ReferenceBackend):
+        plan: Any = None
+
+        def execution_plan(self) -> Any:
+            return {"way": "one"}
+
+        def use_execution_plan(self, plan: Any) -> None:
+            self.plan = plan
+
+    alike = tool.Alike(Chooses)
+    assert alike().plan is None
+    assert alike().plan == {"way": "one"}
 
 
 def test_waiting_fails(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
