@@ -213,7 +213,7 @@ class Run:
     def _decode(self, begun: _Begun) -> None:
         """Queue its decoding."""
         with self.codec.backend.beside(begun.latents):
-            begun.video = self.codec.decode(begun.latents, self.split)
+            begun.video = self.codec.decode(begun.latents, self.split, self.decoding)
         self._draw_ahead(begun.before.chunk + 1)
 
     def _finish(self, begun: _Begun) -> Chunk:
