@@ -44,7 +44,7 @@ LEVELS: tuple[Level, ...] = ("ops", "blocks", "model", "pipeline", "realtime")
 Suite = Literal["quick", "full"]
 SUITES: tuple[Suite, ...] = ("quick", "full")
 
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("bf16", "fp32", "fp8", "fp8-attention", "fp8-weights")
 """What can be certified: float64 is the oracle's own dtype, so nothing could judge it."""
 
 State = Literal["pass", "fail", "unsupported", "not_run"]
@@ -62,7 +62,7 @@ class Case:
         id: ``name[precision,detail,…]``, unique in the suite.
         level: where it belongs.
         check: name of the check that runs and judges it.
-        precision: working dtype by name, ``bf16`` or ``fp32``.
+        precision: one of ``PRECISIONS``.
         params: JSON values; with the root all that the check needs.
         suite: the smallest suite that runs it: ``full`` contains ``quick``.
         required: whether a certificate needs it to pass.

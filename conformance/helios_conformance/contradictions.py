@@ -12,11 +12,12 @@ from datetime import datetime
 from typing import Any
 
 import helios
-from helios.backend import API_VERSION, PRECISIONS, ReferenceBackend
-from helios.fit.costs import Setting, stage_graphs, weight_inputs
+from helios.backend import API_VERSION, ReferenceBackend
+from helios.fit.costs import Setting, resident_weights, stage_graphs
 from helios.lower import plan_for
 from helios.model import presets
 from helios.ops import OPSET, opset_hash
+from helios.precision import PRECISIONS
 from helios_conformance import report as made
 from helios_conformance.suite import suite_hash
 
@@ -171,9 +172,9 @@ def _memory(report: Mapping[str, Any]) -> Iterator[Difference]:
 @functools.cache
 def _weights(precision: str) -> int:
     """Bytes of the weights of the published size."""
-    setting = Setting(presets.size("14b"), presets.variant("distilled"), 384, 640, dtype=PRECISIONS[precision])
+    setting = Setting(presets.size("14b"), presets.variant("distilled"), 384, 640, precision=PRECISIONS[precision])
     plan = plan_for(stage_graphs(setting, [0]), ReferenceBackend())
-    return sum(type_.nbytes for type_ in weight_inputs(plan).values())
+    return sum(type_.nbytes for type_ in resident_weights(plan).values())
 
 
 def _bytes(output: Mapping[str, Any]) -> int:

@@ -67,6 +67,8 @@ def _look_up(table: npt.NDArray[np.float64], dtype: torch.dtype, index: npt.NDAr
     rounded = torch.from_numpy(table).to(dtype)
     if dtype == torch.bfloat16:  # numpy has no bfloat16: the bits are looked up
         return torch.from_numpy(np.take(rounded.view(torch.int16).numpy(), index)).view(torch.bfloat16)
+    if dtype == torch.float8_e4m3fn:
+        return torch.from_numpy(np.take(rounded.view(torch.uint8).numpy(), index)).view(dtype)
     return torch.from_numpy(np.take(rounded.numpy(), index))
 
 

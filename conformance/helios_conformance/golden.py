@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from helios import op
-from helios.backend import PRECISIONS
 from helios.errors import InputError
 from helios.graph import Graph, Node, Operand, Rate, Value
+from helios.passes import quantize
+from helios.precision import DTYPES, PRECISIONS
 from helios.program import WeightReader
 from helios_conformance.draws import Root
 
@@ -37,6 +38,7 @@ __all__ = [
     "golden",
     "reference",
     "rounded",
+    "working",
 ]
 
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -94,7 +96,7 @@ class InPrecision:
     """Of scenes whose arithmetic is that of the precision itself."""
 
     def dtype(self, precision: str) -> torch.dtype:
-        return PRECISIONS[precision]
+        return DTYPES[precision]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -205,17 +207,25 @@ def calls_of(scene: Scene, root: Root, dtype: torch.dtype) -> tuple[Call, ...]:
     return golden(scene, root, dtype).calls if scene.forced else tuple(scene.calls(root, dtype))
 
 
-def reference(scene: Scene, root: Root, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the op bodies give in the working dtype, by ``call.output``: as ``ReferenceBackend`` does."""
-    return _outputs(Interpreter(scene.graphs(dtype), scene.weights(dtype)), scene, root, dtype)
+def working(scene: Scene, precision: str) -> dict[str, Graph]:
+    """The graphs that a device runs, by entry: in the working dtype, and quantised where the precision is."""
+    graphs = scene.graphs(scene.dtype(precision))
+    return {name: quantize(graph, PRECISIONS[precision])[0] for name, graph in graphs.items()}
 
 
-def rounded(scene: Scene, root: Root, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What exact operations give whose results are rounded to the working dtype, by ``call.output``.
+def reference(scene: Scene, root: Root, precision: str) -> dict[str, Tensor]:
+    """What the op bodies give in a precision, by ``call.output``: as ``ReferenceBackend`` does."""
+    dtype = scene.dtype(precision)
+    return _outputs(Interpreter(working(scene, precision), scene.weights(dtype)), scene, root, dtype)
+
+
+def rounded(scene: Scene, root: Root, precision: str) -> dict[str, Tensor]:
+    """What exact operations give whose results are rounded to what a precision's graphs declare, by ``call.output``.
 
     The same on every host, but for the order of sums in float64: no arithmetic of the working dtype is in it.
     """
-    return _outputs(RoundingInterpreter(scene.graphs(dtype), scene.weights(dtype)), scene, root, dtype)
+    dtype = scene.dtype(precision)
+    return _outputs(RoundingInterpreter(working(scene, precision), scene.weights(dtype)), scene, root, dtype)
 
 
 def _outputs(interpreter: Interpreter, scene: Scene, root: Root, dtype: torch.dtype) -> dict[str, Tensor]:

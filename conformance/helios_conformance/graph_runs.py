@@ -17,7 +17,7 @@ from helios_conformance import budget, selection
 from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Judged, Kept, Observation, Verdict
 from helios_conformance.draws import Root
-from helios_conformance.golden import Call, Scene, calls_of, golden, reference, rounded
+from helios_conformance.golden import Call, Scene, calls_of, golden, reference, rounded, working
 
 if TYPE_CHECKING:
     from helios_conformance.references import References
@@ -62,7 +62,7 @@ class SceneCheck:
         scene = self.scene(case)
         dtype = scene.dtype(case.precision)
         calls = calls_of(scene, session.root, dtype)  # before the device holds anything
-        program = session.lower(scene.graphs(dtype))
+        program = session.lower(working(scene, case.precision))
         if case.params.get("reload"):
             program.load(_Negated(scene.weights(dtype)))
         program.load(scene.weights(dtype))
@@ -76,7 +76,7 @@ class SceneCheck:
         dtype = scene.dtype(case.precision)
         oracle = golden(scene, root, dtype)
         wanted = wanted_of(scene, oracle.calls, dtype)
-        ill = functools.cache(lambda: _condition(scene, root, dtype, min(self.draws(case), 4)))
+        ill = functools.cache(lambda: _condition(scene, root, case.precision, min(self.draws(case), 4)))
         judged, reasons = judge_kept(case, observation, root, references, oracle.outputs, wanted, condition=ill)
         if observation.facts.get("again_equal") is not True:
             reasons.append("the first call gave other bits when it was made again after the others")
@@ -111,7 +111,7 @@ class _Negated:
 def _reference(scene: Scene, root: Root, precision: str) -> dict[str, Errors]:
     dtype = scene.dtype(precision)
     oracle = golden(scene, root, dtype).outputs
-    return {name: budget.measure(came, oracle[name]) for name, came in reference(scene, root, dtype).items()}
+    return {name: budget.measure(came, oracle[name]) for name, came in reference(scene, root, precision).items()}
 
 
 def largest(rows: list[Errors]) -> Errors:
@@ -190,10 +190,12 @@ Condition: TypeAlias = tuple[Errors, Errors]
 """The errors of exact operations whose results are rounded: on a draw, and the largest on ordinary ones."""
 
 
-def _condition(scene: Scene, root: Root, dtype: torch.dtype, ordinary: int) -> dict[str, Condition]:
+def _condition(scene: Scene, root: Root, precision: str, ordinary: int) -> dict[str, Condition]:
+    dtype = scene.dtype(precision)
+
     def errors(of: Root) -> dict[str, Errors]:
         oracle = golden(scene, of, dtype).outputs
-        return {name: budget.measure(came, oracle[name]) for name, came in rounded(scene, of, dtype).items()}
+        return {name: budget.measure(came, oracle[name]) for name, came in rounded(scene, of, precision).items()}
 
     others = [errors(Root(draw, "ordinary draws")) for draw in range(ordinary)]
     return {name: (mine, largest([other[name] for other in others])) for name, mine in errors(root).items()}

@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from helios import op
-from helios.backend import PRECISIONS, Backend, ReferenceBackend
+from helios.backend import Backend, ReferenceBackend
 from helios.errors import HeliosError
 from helios.fit.costs import Setting, stage_graphs
 from helios.graph import Graph, TensorType, Value, parse
 from helios.lower import plan_for
 from helios.model import presets
 from helios.passes import Plan, expand
+from helios.precision import PRECISIONS
 from helios_conformance import subject
 
 __all__ = ["contradictions", "of_backend", "of_spec"]
@@ -35,7 +36,7 @@ _Shape = tuple[str, tuple[str, ...], tuple[str, ...]]
 
 
 def _plan(precision: str, backend: Backend) -> Plan:
-    setting = Setting(presets.size("14b"), presets.variant("distilled"), 384, 640, dtype=PRECISIONS[precision])
+    setting = Setting(presets.size("14b"), presets.variant("distilled"), 384, 640, precision=PRECISIONS[precision])
     return plan_for(stage_graphs(setting), backend)
 
 

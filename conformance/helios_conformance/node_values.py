@@ -117,6 +117,8 @@ class NodeValues:
         errors = budget.measure(kept.values, oracle)
         k = terms.of_tensors(self.record, self.tensors, self.attrs)
         shared = terms.factors(self.record, self.tensors)
+        if terms.narrow_sums(self.record):
+            reference = dataclasses.replace(reference, misrounded=1.0)
         allowed = budget.allowed(self.record.kind, kept.values.dtype, k, oracle, reference, shared)
         return budget.exceeded(errors, allowed), Judged(errors, allowed, reference)
 

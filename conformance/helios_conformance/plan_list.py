@@ -21,7 +21,7 @@ import torch
 
 import helios.ops  # noqa: F401  (registers the opset)
 from helios import op
-from helios.backend import PRECISIONS as DTYPES
+from helios import precision as precisions
 from helios.graph import Graph, Node, TensorType, format_attr, parse
 from helios.model.presets import SIZES, VARIANTS
 from helios.model.vae_run import decode_graphs, encode_graphs
@@ -29,6 +29,8 @@ from helios.model.vae_split import Split
 from helios.passes import build_plan, expand, fuse, prune
 from helios.pipeline.denoise import Layout, denoise_graphs
 from helios.pipeline.history import Window
+from helios.precision import Precision
+from helios_conformance import scope
 from helios_conformance.case import PRECISIONS
 from helios_conformance.one_node import OneNode
 
@@ -81,24 +83,28 @@ def shape(precision: str, label: str) -> Shape:
     return Shape.of(node)
 
 
+@functools.cache
 def listed(precision: str, layers: int = LAYERS) -> dict[str, str]:
     """Distinct nodes by label, without those that a sample of their op covers.
 
     A backend chooses which fused ops it gets, and cases are listed without one. So the nodes of two plans are taken: of
     core ops alone, and with every fused op of the opset.
     """
-    dtype = DTYPES[precision]
+    asked = precisions.PRECISIONS[precision]
+    dtype = asked.dtype
     known = {sampled(name, sample, dtype) for name in op.names() for sample in op.get(name).samples()}
     fused = [name for name in op.names() if op.get(name).kind == "fused"]
     found = {
         Shape.of(node)
-        for graphs in _programs(dtype, layers)
+        for graphs in _programs(asked, layers)
         for fusions in ([], fused)
         for graph in _lowered(graphs, fusions)
         for node in graph.nodes
         if node.inputs  # those without inputs the host computes, once
     }
-    return {node.label: str(node.graph) for node in sorted(found - known, key=lambda node: node.label)}
+    told = {node.label: str(node.graph) for node in sorted(found - known, key=lambda node: node.label)}
+    working = scope.dtype_scope(precision)
+    return told if working == precision else {k: v for k, v in told.items() if k not in listed(working, layers)}
 
 
 def _lowered(graphs: Mapping[str, Graph], fusions: Sequence[str]) -> list[Graph]:
@@ -106,15 +112,21 @@ def _lowered(graphs: Mapping[str, Graph], fusions: Sequence[str]) -> list[Graph]
     return list(build_plan(written).graphs.values())
 
 
-def _programs(dtype: torch.dtype, layers: int) -> Iterator[dict[str, Graph]]:
+def _programs(precision: Precision, layers: int) -> Iterator[dict[str, Graph]]:
     """The plans of a run: the transformer with the steps of each variant, both halves of the VAE latent by latent."""
     size = SIZES["14b"]
     transformer = dataclasses.replace(size.transformer, num_layers=layers)
     factor = size.vae.scale_factor_spatial
     layout = Layout(1, HEIGHT // factor, WIDTH // factor, 512, Window())
     for variant in VARIANTS.values():
-        yield denoise_graphs(transformer, variant.scheduler, variant.pipeline, layout, dtype)
-    video: dict[str, Any] = {"batch": 1, "height": HEIGHT, "width": WIDTH, "dtype": dtype, "split": Split(group=1)}
+        yield denoise_graphs(transformer, variant.scheduler, variant.pipeline, layout, precision)
+    video: dict[str, Any] = {
+        "batch": 1,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "dtype": precision.dtype,
+        "split": Split(group=1),
+    }
     yield decode_graphs(size.vae, latents=9, **video)
     yield encode_graphs(size.vae, frames=FRAMES, **video)
 

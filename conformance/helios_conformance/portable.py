@@ -18,7 +18,7 @@ from helios_conformance import checks, graph_runs, probes, rows, selection
 from helios_conformance.case import Case, Judged, Kept, Observation, Verdict
 from helios_conformance.checks import op_values, plan_nodes
 from helios_conformance.draws import Root
-from helios_conformance.golden import Call, calls_of, golden
+from helios_conformance.golden import Call, calls_of, golden, working
 from helios_conformance.graph_runs import SceneCheck
 from helios_conformance.node_values import NodeValues
 from helios_conformance.one_node import by_name, run_body, widened
@@ -151,7 +151,7 @@ class _Scene:
     def __init__(self, case: Case, root: Root, check: SceneCheck) -> None:
         self.case, self.root = case, root
         self.scene, self.dtype = check.scene(case), check.scene(case).dtype(case.precision)
-        self.graphs = self.scene.graphs(self.dtype)
+        self.graphs = working(self.scene, case.precision)
 
     @property
     def calls(self) -> tuple[Call, ...]:

@@ -47,7 +47,8 @@ def take(
 
     def call(*operands: Any, **kept: Any) -> Tensor:
         given = widened(operands, kept) if wide else (operands, kept)
-        return run_body(record, *given)[name]
+        result = run_body(record, *given)[name]
+        return result.double() if wide and result.is_floating_point() else result  # e4m3 stays what it is
 
     how = RESTRICTED.get(record.name)
     if chosen.rows is None or chosen.columns is None or how is None or not _applies(record.name, tensors):
@@ -64,25 +65,30 @@ def layout(name: str, tensors: Operands, attrs: Attrs, output: str) -> Layout:
     if name not in _TOKENS:
         return Layout()
     stem = shapes[1] if (name, output) == ("qk_norm_rope", "o1") else shapes[0]
-    if name in ("linear", "linear_gelu", "qkv_linear"):
+    if name in _ROWWISE:
         return Layout(len(stem) - 1)
     b, s = stem[:2]
-    if name == "attention":
+    if name in ("attention", "quantized_attention", "scaled_attention"):
         return Layout(3, tuple(i * s for i in range(b)), members=stem[2])
     inside = _splits(name, shapes, attrs, s)
     return Layout(2, tuple(sorted({i * s + at for i in range(b) for at in (0, *inside)})))
 
 
-_TOKENS = frozenset({
-    *("adaln", "attention", "gated_add", "gated_add_adaln", "layer_norm", "linear", "linear_gelu", "modulate"),
-    *("qk_norm_rope", "qkv_linear", "rms_norm", "rope", "scale_history_keys"),
+_ROWWISE = frozenset({
+    *("dequantize_rows", "gelu_quantize", "linear", "linear_gelu", "packed_linear", "qkv_linear", "quantize_rows"),
+    *("quantized_linear", "quantized_qkv_linear", "scaled_linear"),
 })  # fmt: skip
+_TOKENS = _ROWWISE | {
+    *("adaln", "adaln_quantize", "attention", "gated_add", "gated_add_adaln", "gated_add_adaln_quantize"),
+    *("layer_norm", "layer_norm_quantize", "modulate", "qk_norm_rope", "quantized_attention", "rms_norm", "rope"),
+    *("scale_history_keys", "scaled_attention"),
+}  # fmt: skip
 
 
 def _splits(name: str, shapes: Sequence[Any], attrs: Attrs, s: int) -> list[int]:
     """Tokens at which another segment begins."""
-    found = [attrs["split"]] if name in ("adaln", "gated_add_adaln", "modulate", "scale_history_keys") else []
-    if name in ("gated_add", "gated_add_adaln"):
+    found = [attrs["split"]] if "split" in attrs else []
+    if "gate_split" in attrs:
         tail = s - shapes[1][1]
         found += [tail, tail + attrs["gate_split"]]
     return [at for at in found if 0 < at < s]
@@ -128,6 +134,23 @@ def _linear(call: Call, xs: Operands, attrs: dict[str, Any], _: int, rows: Tenso
     return call(as_matrix(x)[rows], weight[columns], None if bias is None else bias[columns], **attrs)
 
 
+def _packed_linear(call: Call, xs: Operands, attrs: dict[str, Any], _: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Of quantised operands: the scales of the chosen rows of both."""
+    x, scale, weight, *rest = xs
+    some = [None if w is None else w[columns] for w in (weight, *rest)]
+    return call(as_matrix(x)[rows], as_matrix(scale)[rows], *some, **attrs)
+
+
+def _packed_qkv(call: Call, xs: Operands, attrs: dict[str, Any], _: int, rows: Tensor, columns: Tensor) -> Tensor:
+    some = [None if w is None else w[columns % w.shape[0]] for w in xs[2:]]
+    return call(as_matrix(xs[0])[rows], as_matrix(xs[1])[rows], *some, **attrs)
+
+
+def _whole_rows(call: Call, xs: Operands, attrs: dict[str, Any], _: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Rows by themselves, of every operand."""
+    return call(*(as_matrix(x)[rows] for x in xs), **attrs)[:, columns]
+
+
 def _qkv(call: Call, xs: Operands, attrs: dict[str, Any], _: int, rows: Tensor, columns: Tensor) -> Tensor:
     """The same columns of all three products; those of the others are not read."""
     some = [None if w is None else w[columns % w.shape[0]] for w in xs[1:]]
@@ -136,14 +159,16 @@ def _qkv(call: Call, xs: Operands, attrs: dict[str, Any], _: int, rows: Tensor, 
 
 def _attention(call: Call, xs: Operands, attrs: dict[str, Any], _: int, rows: Tensor, columns: Tensor) -> Tensor:
     """The chosen queries of each head, one head at a time, so that only one head's scores exist."""
-    q, k, v = xs
+    pairs = len(xs) // 3  # a quantised operand is followed by its scales
+    q = xs[0]
     s, heads = q.shape[1:3]
     places, parts = [], []
     for b, h in itertools.product(range(q.shape[0]), range(heads)):
         here = ((rows // (s * heads) == b) & (rows % heads == h)).nonzero()[:, 0]
         if len(here):
-            some = q[b, rows[here] // heads % s, h]
-            part = call(some[None, :, None], k[b, :, h][None, :, None], v[b, :, h][None, :, None], **attrs)
+            some = rows[here] // heads % s
+            near = [x[b, some, h] if i < pairs else x[b, :, h] for i, x in enumerate(xs)]
+            part = call(*(x[None, :, None] for x in near), **attrs)
             places.append(here)
             parts.append(part[0, :, 0][:, columns])
     return torch.cat(parts)[torch.cat(places).argsort()]
@@ -256,24 +281,36 @@ def _window(start: Sequence[int], kernel: Sequence[int]) -> tuple[slice, ...]:
 
 RESTRICTED: Mapping[str, Restricted] = {
     "adaln": _modulated,
+    "adaln_quantize": _modulated,
     "add": _elements,
     "attention": _attention,
     "channel_norm": _channels,
     "channel_norm_silu": _channels,
     "conv3d": _conv,
+    "dequantize_rows": _whole_rows,
     "gated_add": _gated,
     "gated_add_adaln": _gated,
+    "gated_add_adaln_quantize": _gated,
     "gelu": _elements,
+    "gelu_quantize": _whole_rows,
     "layer_norm": _norm,
+    "layer_norm_quantize": _norm,
     "linear": _linear,
     "linear_gelu": _linear,
     "modulate": _modulated,
+    "packed_linear": _linear,
     "patch_embed": _patches,
     "qk_norm_rope": _qk,
     "qkv_linear": _qkv,
+    "quantize_rows": _whole_rows,
+    "quantized_attention": _attention,
+    "quantized_linear": _packed_linear,
+    "quantized_qkv_linear": _packed_qkv,
     "rms_norm": _norm,
     "rope": _rope,
     "scale_history_keys": _history_keys,
+    "scaled_attention": _attention,
+    "scaled_linear": _packed_linear,
     "silu": _elements,
 }
 """How each op is restricted; the others have outputs small enough to be computed whole, or only move data."""

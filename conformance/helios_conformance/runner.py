@@ -200,11 +200,11 @@ class Desk:
 def precision_of(filters: Sequence[str]) -> str:
     """The precision that the ids name, "" where none does: so that an id alone says all.
 
-    Raises InputError where they name both.
+    Raises InputError where they name several.
     """
     found = {name for name in PRECISIONS for pattern in filters if re.search(rf"\[{name}[,\]]", pattern)}
     if len(found) > 1:
-        raise InputError("the filters name both precisions, and a run has one", "run once for each")
+        raise InputError("the filters name several precisions, and a run has one", "run once for each")
     return found.pop() if found else ""
 
 

@@ -179,5 +179,7 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether every element of a host tensor is finite."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
+    if tensor.dtype.itemsize == 1:
+        return bool(tensor.float().isfinite().all())  # torch has no extremes of numbers of eight bits
     # NaN is the least and the greatest where there is one; a mask takes memory, and in bfloat16 60 times as long.
     return bool(torch.stack(tensor.aminmax()).isfinite().all())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 
 from helios.errors import InputError, unknown_name
-from helios_conformance.case import LEVELS, PRECISIONS, Case, Level, Suite
+from helios_conformance import scope
+from helios_conformance.case import LEVELS, PRECISIONS, Case, Check, Level, Suite
 from helios_conformance.checks import CHECKS
 
 __all__ = ["all_cases", "choose", "find", "levels_up_to", "suite_hash"]
@@ -21,12 +22,20 @@ def all_cases(precision: str) -> tuple[Case, ...]:
     """Every case of the full suite, in run order: by level, then as the checks list them."""
     if precision not in PRECISIONS:
         raise InputError(unknown_name("precision to certify", precision, PRECISIONS))
-    found = [case for check in CHECKS for case in check.cases(precision)]
+    found = [case for check in CHECKS for case in _of_check(check, precision)]
     ids = [case.id for case in found]
     if len(set(ids)) != len(ids):
         twice = sorted({i for i in ids if ids.count(i) > 1})
         raise ValueError(f"case ids are not unique: {', '.join(twice)}")
     return tuple(sorted(found, key=lambda case: LEVELS.index(case.level)))
+
+
+def _of_check(check: Check, precision: str) -> Iterator[Case]:
+    working = scope.dtype_scope(precision)
+    if precision == working or check.name not in scope.SHARED:
+        yield from check.cases(precision)
+    if precision != working and check.name in scope.SHARED | scope.BESIDE:
+        yield from check.cases(working)
 
 
 def choose(
@@ -35,7 +44,7 @@ def choose(
     """The cases of a run.
 
     Args:
-        precision: ``bf16`` or ``fp32``.
+        precision: one of ``PRECISIONS``.
         suite: ``quick``, or ``full``, which contains it.
         levels: to run.
         filters: ids, with ``*`` for any characters; a name without brackets takes all its cases. A case is taken if any

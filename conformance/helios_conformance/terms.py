@@ -12,7 +12,7 @@ from helios import op
 from helios.graph import Node
 from helios_conformance.one_node import OneNode, types_of
 
-__all__ = ["LONGEST", "factors", "of_tensors", "terms"]
+__all__ = ["LONGEST", "factors", "narrow_sums", "of_tensors", "terms"]
 
 Count = Callable[[Sequence[Any]], int]
 """From the shapes of the operands (``None`` for an absent one) to the number of terms."""
@@ -28,6 +28,8 @@ LONGEST: Mapping[str, Count] = {
     "linear": lambda x: x[1][1],
     "patch_embed": lambda x: math.prod(x[1][1:]),
     "rms_norm": lambda x: x[0][2],
+    "scaled_attention": lambda x: max(x[2][1], x[0][3]),
+    "scaled_linear": lambda x: x[2][1],
 }
 """Every op of kind ``reduce``. A fused op has the largest of its composition."""
 
@@ -71,6 +73,17 @@ _FACTORS: Mapping[str, int] = {
 
 _CHAINED: Mapping[str, int] = {"scale_history_keys": 9}
 """K where roundings follow one another in one number: a sigmoid, a product and a sum, at most u each."""
+
+
+def narrow_sums(record: op.Op[Any, Any]) -> bool:
+    """Whether a right kernel may sum with fewer bits than float32 has: tensor cores add products of e4m3 numbers with
+    about 14 bits, and promote such sums to float32 every 128 terms. Then some elements round to the other neighbour."""
+    return record.name in _NARROW
+
+
+_NARROW = frozenset(
+    {"quantized_attention", "quantized_linear", "quantized_qkv_linear", "scaled_attention", "scaled_linear"}
+)
 
 _ROWS, _HEADS = 64, 4
 

@@ -18,7 +18,6 @@ import torch
 
 import helios.ops  # noqa: F401  (registers the opset)
 from helios import op
-from helios.backend import PRECISIONS as DTYPES
 from helios.graph import Graph, Node, TensorType
 from helios.model.presets import SIZES, VARIANTS
 from helios.model.vae_run import decode_graphs
@@ -26,6 +25,7 @@ from helios.model.vae_split import Split
 from helios.passes import build_plan, expand, fuse, prune
 from helios.pipeline.denoise import Layout, denoise_graphs
 from helios.pipeline.history import Window
+from helios.precision import PRECISIONS, Precision
 from helios_conformance import plan_list, suite
 from helios_conformance.case import Case
 
@@ -122,7 +122,7 @@ def shares(precision: str, fusions: frozenset[str] = frozenset()) -> dict[str, W
     seconds: dict[str, float] = collections.defaultdict(float)
     nodes: collections.Counter[str] = collections.Counter()
     slowest: dict[str, tuple[float, Node]] = {}
-    for graph, runs in _graphs(DTYPES[precision], fusions):
+    for graph, runs in _graphs(PRECISIONS[precision], fusions):
         for node in (n for n in graph.nodes if n.inputs):  # those without inputs the host computes, once
             took = _seconds(node)
             seconds[node.op] += runs * took
@@ -132,14 +132,14 @@ def shares(precision: str, fusions: frozenset[str] = frozenset()) -> dict[str, W
     return {name: Work(seconds[name] / whole, nodes[name], _told(slowest[name][1])) for name in seconds}
 
 
-def _graphs(dtype: torch.dtype, fusions: frozenset[str]) -> Iterator[tuple[Graph, int]]:
+def _graphs(precision: Precision, fusions: frozenset[str]) -> Iterator[tuple[Graph, int]]:
     """Each graph of the plans, and how often a steady chunk runs it."""
     size, variant = SIZES["14b"], VARIANTS["distilled"]
     factor = size.vae.scale_factor_spatial
     layout = Layout(1, plan_list.HEIGHT // factor, plan_list.WIDTH // factor, 512, Window())
     # The prompt and the weights stay as they are, and one branch needs no guidance.
     once = {"chunk": 1, "shrink": 1, "enter": 1, "denoise": STEPS, "step": STEPS}
-    denoise = denoise_graphs(size.transformer, variant.scheduler, variant.pipeline, layout, dtype)
+    denoise = denoise_graphs(size.transformer, variant.scheduler, variant.pipeline, layout, precision)
     for name, graph in _lowered(denoise, fusions).items():
         yield graph, once.get(name.partition(".")[0], 0)
     # In float32 whatever the precision, as published.
@@ -164,7 +164,12 @@ def _seconds(node: Node) -> float:
     if op.get(node.op).kind == "move" and _is_view(plan_list.Shape.of(node)):
         return 0.0
     cost = op.cost(node)
-    return max(cost.flops / (FLOPS * 2 / max(2, node.outputs[0].dtype.itemsize)), cost.bytes / BYTES)
+    return max(cost.flops / (FLOPS * 2 / _width(node)), cost.bytes / BYTES)
+
+
+def _width(node: Node) -> int:
+    """Bytes of a number that is multiplied; nothing is faster than one of two but e4m3."""
+    return 1 if node.op.startswith("scaled") else max(2, node.outputs[0].dtype.itemsize)
 
 
 @functools.cache
@@ -185,7 +190,7 @@ def _is_view(shape: plan_list.Shape) -> bool:
 
 # --- what is shown of a node ------------------------------------------------------------------------------------------
 
-_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
+_NAMES = {str(p.dtype).removeprefix("torch."): p.name for p in PRECISIONS.values() if not p.quantised}
 
 
 def _told(node: Node) -> str:
@@ -214,7 +219,7 @@ def _elsewhere(name: str, precision: str) -> str:
     """Operands of an op that only other variants, or the encoder, run: its largest node in a run at this size."""
     labels = (label for label in plan_list.committed()[precision] if label.rpartition("_")[0] == name)
     found = [plan_list.shape(precision, label).types for label in labels]
-    found += [plan_list.sampled(name, s, DTYPES[precision]).types for s in op.get(name).samples() if s.big]
+    found += [plan_list.sampled(name, s, PRECISIONS[precision].dtype).types for s in op.get(name).samples() if s.big]
     return _types(max(found, key=_elements)) if found else ""
 
 

@@ -145,15 +145,15 @@ def from_table(device: Device, precision: str) -> Target:
 def this_machine(host: Host, precision: str) -> Target:
     """What Helios would run on here: a device that the table knows, or the host with its measured matrix product."""
     from helios.backend import select
-    from helios.cli.options import dtype_of
     from helios.fit.devices import recognise
     from helios.fit.measure import matrix_rate
+    from helios.precision import precision as precision_of
 
     backend = select()
     info = next(d for d in backend.devices() if d.index == backend.index)
     known = recognise(info.name)
     if backend.device.type == "cpu":
-        rate = matrix_rate(dtype_of(precision))
+        rate = matrix_rate(precision_of(precision).dtype)
         source = "peak: a matrix product, measured now beside whatever else runs"
         title = f"this machine: {host.cpu}, {host.usable_cores:g} cores"
         return Target(title, backend.label, host.usable_memory, rate, 0.0, source, shared=True, here=True)

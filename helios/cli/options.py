@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from helios.errors import InputError, unknown_name
+from helios.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
     from helios.fit.costs import Setting
 
 __all__ = [
@@ -28,10 +26,10 @@ __all__ = [
     "PyramidStageOption",
     "SizeOption",
     "StepsOption",
+    "VaePrecisionOption",
     "VariantOption",
     "WidthOption",
     "backend_options",
-    "dtype_of",
     "setting",
 ]
 
@@ -50,6 +48,10 @@ HeightOption = Annotated[int, typer.Option(metavar="PIXELS", help="Height of the
 WidthOption = Annotated[int, typer.Option(metavar="PIXELS", help="Width of the video.")]
 PrecisionOption = Annotated[
     str | None, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.", show_default="the backend's first")
+]
+VaePrecisionOption = Annotated[
+    str | None,
+    typer.Option(metavar="fp32|bf16|fp16", help="Of decoding frames.", show_default="the backend's"),
 ]
 BackendOption = Annotated[
     str | None,
@@ -108,25 +110,13 @@ def backend_options(given: Sequence[str] | None, memory: str | None = None) -> d
     return chosen
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype of a precision's name.
-
-    Raises:
-        InputError: no such precision; names the nearest.
-    """
-    from helios.backend import PRECISIONS
-
-    if name not in PRECISIONS:
-        raise InputError(unknown_name("precision", name, PRECISIONS), fix="--precision bf16")
-    return PRECISIONS[name]
-
-
 def setting(
     size: str, variant: str, height: int, width: int, precision: str, *, batch: int = 1, text_tokens: int = 512
 ) -> Setting:
     """The options as one setting, checked."""
+    from helios import precision as precisions
     from helios.fit.costs import Setting
     from helios.model import presets
 
     chosen = presets.size(size), presets.variant(variant)
-    return Setting(*chosen, height, width, batch, text_tokens, dtype_of(precision))
+    return Setting(*chosen, height, width, batch, text_tokens, precisions.precision(precision))

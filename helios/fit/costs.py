@@ -20,7 +20,8 @@ from helios.model.presets import Size, Variant
 from helios.model.transformer import DenoiseShape, HistoryShape, denoise_graph
 from helios.model.vae import decode_graph
 from helios.model.vae_split import live_bytes
-from helios.passes import Plan
+from helios.passes import Plan, quantize
+from helios.precision import PRECISIONS, Precision
 
 __all__ = [
     "LATENT_FRAMES",
@@ -31,6 +32,7 @@ __all__ = [
     "op_costs",
     "phase_costs",
     "published_flops",
+    "resident_weights",
     "stage_graphs",
     "stage_shape",
     "vae_flops",
@@ -50,7 +52,7 @@ class Setting:
         height, width: of the video in pixels.
         batch: videos that run together.
         text_tokens: length of a prompt's embedding.
-        dtype: of the arithmetic.
+        precision: of the transformer.
 
     Raises:
         InputError: the pixels do not divide as the variant needs; names the nearest that do.
@@ -62,7 +64,7 @@ class Setting:
     width: int = 640
     batch: int = 1
     text_tokens: int = 512
-    dtype: torch.dtype = torch.bfloat16
+    precision: Precision = PRECISIONS["bf16"]
 
     def __post_init__(self) -> None:
         for name in ("batch", "text_tokens"):
@@ -75,6 +77,11 @@ class Setting:
                 f"{self.height}×{self.width} pixels: variant {self.variant.name!r} needs multiples of {multiple}",
                 fix=f"--height {near[0]} --width {near[1]}",
             )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The working dtype."""
+        return self.precision.dtype
 
     @property
     def stages(self) -> int:
@@ -115,8 +122,8 @@ def stage_shape(setting: Setting, stage: int) -> DenoiseShape:
 def stage_graphs(setting: Setting, stages: Iterable[int] | None = None, *, published: bool = False) -> dict[str, Graph]:
     """Denoising graphs by entry name ``stage0``, ``stage1`` …; all stages unless some are named."""
     wanted = range(setting.stages) if stages is None else stages
-    return {
-        f"stage{stage}": denoise_graph(
+    made = (
+        denoise_graph(
             setting.size.transformer,
             stage_shape(setting, stage),
             dtype=setting.dtype,
@@ -124,7 +131,8 @@ def stage_graphs(setting: Setting, stages: Iterable[int] | None = None, *, publi
             name=f"stage{stage}",
         )
         for stage in wanted
-    }
+    )
+    return {graph.name: quantize(graph, setting.precision)[0] for graph in made}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -205,6 +213,15 @@ def weight_inputs(plan: Plan) -> dict[str, TensorType]:
     held = {value.name for graph in plan.phases.values() for _, value in graph.outputs}
     values: Iterable[Value] = (v for graph in plan.graphs.values() for v in graph.inputs_at(Rate.WEIGHTS))
     return {value.name: value.type for value in values if value.name not in held}
+
+
+def resident_weights(plan: Plan) -> dict[str, TensorType]:
+    """What stays after loading, by name: weights that a later phase reads, and what the phase at load made of weights.
+
+    A weight that is held in a quantised form is read at load and by nobody later.
+    """
+    later = (graph for name, graph in plan.graphs.items() if name != Rate.WEIGHTS.label)
+    return {v.name: v.type for graph in later for v in graph.inputs_at(Rate.WEIGHTS)}
 
 
 def activation_bytes(graph: Graph) -> int:

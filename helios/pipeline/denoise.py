@@ -22,7 +22,9 @@ from helios.model.transformer import DenoiseShape, HistoryShape, denoise_graph
 from helios.op import accumulator
 from helios.ops.resample import downsample_noise, renoise_upsample
 from helios.ops.sampler import cfg, cfg_zero_star, dmd_step, euler_step, unipc_step
+from helios.passes import quantize
 from helios.pipeline.history import CHUNK_LATENTS, Window
+from helios.precision import Precision
 from helios.program import Context, Program, WeightReader
 from helios.sampler import Noise, Schedule, Stage, guidance_coeffs
 
@@ -69,9 +71,10 @@ def denoise_graphs(
     scheduler: SchedulerConfig,
     pipeline: PipelineConfig,
     layout: Layout,
-    dtype: torch.dtype,
+    precision: Precision | torch.dtype,
 ) -> dict[str, Graph]:
-    """All entries of the program, by name."""
+    """All entries of the program, by name; in a dtype, nothing is quantised."""
+    dtype = precision.dtype if isinstance(precision, Precision) else precision
     channels, last = transformer.in_channels, scheduler.stages - 1
     graphs: dict[str, Graph] = {}
     for i in range(scheduler.stages):
@@ -84,7 +87,8 @@ def denoise_graphs(
             HistoryShape(layout.height, layout.width),
             layout.batch,
         )
-        graphs[f"denoise.{i}"] = denoise_graph(transformer, size, dtype=dtype, name=f"denoise.{i}")
+        forward = denoise_graph(transformer, size, dtype=dtype, name=f"denoise.{i}")
+        graphs[f"denoise.{i}"] = quantize(forward, precision)[0] if isinstance(precision, Precision) else forward
         graphs[f"guide.{i}"] = _guide_graph(f"guide.{i}", shape, dtype, pipeline.is_cfg_zero_star)
         graphs[f"step.{i}"] = _step_graph(f"step.{i}", shape, dtype, scheduler.solver)
         if i:
@@ -156,14 +160,14 @@ class Denoiser:
         pipeline: PipelineConfig,
         layout: Layout,
         *,
-        dtype: torch.dtype,
+        precision: Precision,
         backend: Backend,
         weights: WeightReader,
         fallback: str = "error",
     ) -> None:
-        self.channels, self.layout, self.wide = transformer.in_channels, layout, accumulator(dtype)
+        self.channels, self.layout, self.wide = transformer.in_channels, layout, accumulator(precision.dtype)
         self.stages = scheduler.stages
-        graphs = denoise_graphs(transformer, scheduler, pipeline, layout, dtype)
+        graphs = denoise_graphs(transformer, scheduler, pipeline, layout, precision)
         self.program: Program = lower(graphs, backend, fallback=fallback)
         self.program.load(weights)
 

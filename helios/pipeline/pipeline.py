@@ -37,6 +37,7 @@ from helios.pipeline.prompts import PromptState
 from helios.pipeline.request import FPS, Request, Settings, build_request, frames_of_chunks, returned_frames
 from helios.pipeline.run import Chunk, Progress, Run, noise_of
 from helios.pipeline.state import RunState
+from helios.precision import precision as precision_of
 from helios.program import Coverage
 
 __all__ = ["Chunk", "Pipeline", "Progress", "Result", "load"]
@@ -255,7 +256,7 @@ class Pipeline:
                 model.scheduler,
                 model.pipeline,
                 layout,
-                dtype=self.dtype,
+                precision=precision_of(self.precision),
                 backend=self.backend,
                 weights=model.transformer_weights,
                 fallback=self.fallback,

@@ -43,7 +43,7 @@ def test_ops_are_those_of_the_graph(capsys: pytest.CaptureFixture[str]) -> None:
     from helios.model.presets import SIZES, VARIANTS
 
     data = loaded(capsys, "--pyramid-stage", "1", "--precision", "fp32")
-    asked = Setting(SIZES["tiny"], VARIANTS["distilled"], 64, 64, dtype=torch.float32)
+    asked = Setting(SIZES["tiny"], VARIANTS["distilled"], 64, 64, precision=PRECISIONS["fp32"])
     graph = plan_for(stage_graphs(asked, [1]), ReferenceBackend()).steps["stage1"]
     assert sum(row["nodes"] for row in data["ops"]["stage1"]) == len(graph.nodes)
     assert {row["op"] for row in data["ops"]["stage1"]} == {node.op for node in graph.nodes}

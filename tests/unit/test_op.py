@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,8 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 CASES = [(name, sample.name) for name in ops.names() for sample in ops.get(name).samples() if not sample.big]
 BIG = [(name, sample.name) for name in ops.names() for sample in ops.get(name).samples() if sample.big]
 FUSED = [(name, case) for name, case in CASES if ops.get(name).kind == "fused"]
+QUANTISING = {name for name in ops.names() if "quantize_rows" in inspect.getsource(ops.get(name).fn)}
+"""Ops in whose bodies numbers become e4m3: by float32 arithmetic in any case, and by steps without derivatives."""
 REFUSED = [(name, case.name) for name in ops.names() for case in ops.get(name).error_cases()]
 CONSTANTS = {name for name in ops.names() if not ops.get(name).operands}
 # Cases whose values are smaller than gradcheck's difference of 1e-6, which therefore says nothing about them.
@@ -48,6 +51,11 @@ def each(x: Any, f: Any) -> Any:
     if x is None:
         return None
     return [f(t) for t in x] if isinstance(x, list) else f(x)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Of one dtype and with the same numbers; torch compares none of eight bits."""
+    return a.dtype == b.dtype and torch.equal(a.double(), b.double())
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:
@@ -107,7 +115,7 @@ def test_the_mode_sees_a_cast() -> None:
         torch.ones(2, dtype=F64).float()
 
 
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("name", "case"), [case for case in CASES if case[0] not in QUANTISING])
 def test_float64_stays_float64(name: str, case: str) -> None:
     inputs, attrs = lifted(name, case)
     with OnlyFloat64():
@@ -124,8 +132,8 @@ def test_inference_gives_the_types_of_a_run(name: str, case: str, dtype: torch.d
     results = outputs(ops.get(name)(*inputs, **sample.attrs))
     (node,) = record(name, inputs, dict(sample.attrs)).nodes
     assert [v.type for v in node.outputs] == [TensorType(tuple(t.shape), t.dtype) for t in results]
-    assert all(t.isfinite().all() for t in results if t.is_floating_point())
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors(inputs), strict=True))
+    assert all(t.float().isfinite().all() for t in results if t.is_floating_point())
+    assert all(equal(a, b) for a, b in zip(before, tensors(inputs), strict=True))
 
 
 @pytest.mark.parametrize(("name", "case"), BIG)
@@ -148,12 +156,14 @@ def small(t: Tensor) -> bool:
 GRADIENTS = [
     (name, case)
     for name, case in CASES
-    if name not in CONSTANTS and (name, case) not in TOO_FINE and all(map(small, tensors(lifted(name, case)[0])))
+    if name not in CONSTANTS | QUANTISING
+    and (name, case) not in TOO_FINE
+    and all(map(small, tensors(lifted(name, case)[0])))
 ]
 
 
 def test_gradients_are_checked_for_every_op_with_inputs() -> None:
-    assert {name for name, _ in GRADIENTS} == set(ops.names()) - CONSTANTS
+    assert {name for name, _ in GRADIENTS} == set(ops.names()) - CONSTANTS - QUANTISING
 
 
 @pytest.mark.parametrize(("name", "case"), GRADIENTS)
@@ -187,7 +197,7 @@ def test_a_fused_op_is_a_composition_of_other_ops(name: str, case: str) -> None:
         sample = sample_of(name, case)
         wanted = outputs(ops.get(name)(*sample.make(dtype), **sample.attrs))
         for got, want in zip(run(graph, given), wanted, strict=True):
-            assert torch.equal(got, want)
+            assert equal(got, want)
 
 
 def test_expansion_ends_at_core_ops() -> None:

@@ -15,7 +15,7 @@ from helios.errors import HeliosError, OpError
 from helios.graph import TensorType
 from helios.op import Arg, ErrorCase
 from helios.program import EMPTY, Program
-from helios_conformance import probes
+from helios_conformance import probes, scope
 from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Check, Observation, Verdict
 from helios_conformance.checks import op_values
@@ -35,7 +35,7 @@ class OpRefuses:
     name = "op_refuses"
 
     def cases(self, precision: str) -> Iterator[Case]:
-        for name in op.names():
+        for name in scope.ops(precision):
             for error in op.get(name).error_cases():
                 params = {"op": name, "error": error.name}
                 yield Case(f"{name}[{precision},refuses,{error.name}]", "ops", self.name, precision, params)
@@ -77,7 +77,7 @@ class OpMisfed:
     name = "op_misfed"
 
     def cases(self, precision: str) -> Iterator[Case]:
-        for name in op.names():
+        for name in scope.ops(precision):
             sample = smallest(op.get(name))
             if sample is not None:
                 params = {"op": name, "sample": sample.name}

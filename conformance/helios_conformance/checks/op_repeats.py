@@ -7,7 +7,7 @@ from typing import Any
 
 import helios.ops  # noqa: F401  (registers the opset)
 from helios import op
-from helios_conformance import probes
+from helios_conformance import probes, scope
 from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Check, Observation, Suite, Verdict
 from helios_conformance.checks import op_values
@@ -33,7 +33,7 @@ class OpRepeats:
     name = "op_repeats"
 
     def cases(self, precision: str) -> Iterator[Case]:
-        for name in op.names():
+        for name in scope.ops(precision):
             few, many = smallest(op.get(name)), largest(op.get(name))
             if few is not None and many is not None:
                 yield self._case(name, few.name, precision, QUICK_RUNS, "repeats", "quick")
@@ -76,7 +76,7 @@ class OpPrograms:
     name = "op_programs"
 
     def cases(self, precision: str) -> Iterator[Case]:
-        yield from _one_each(self.name, "programs", precision, op.names())
+        yield from _one_each(self.name, "programs", precision, scope.ops(precision))
 
     def observe(self, case: Case, session: Session) -> Observation:
         values = _draws(case, session.root, weights_stay=False)
@@ -110,7 +110,7 @@ class OpStepWeights:
     name = "op_step_weights"
 
     def cases(self, precision: str) -> Iterator[Case]:
-        weighted = [name for name in op.names() if WEIGHTS & {o.name for o in op.get(name).operands}]
+        weighted = [name for name in scope.ops(precision) if WEIGHTS & {o.name for o in op.get(name).operands}]
         yield from _one_each(self.name, "step_weights", precision, weighted, required=False)
 
     def observe(self, case: Case, session: Session) -> Observation:

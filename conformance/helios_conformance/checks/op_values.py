@@ -8,7 +8,7 @@ import helios.ops  # noqa: F401  (registers the opset)
 from helios import op
 from helios.backend import PRECISIONS
 from helios.op import Sample
-from helios_conformance import probes
+from helios_conformance import probes, scope
 from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Check, Observation, Suite, Verdict
 from helios_conformance.draws import Root, make_sample
@@ -24,7 +24,7 @@ class OpValues:
     name = "op_values"
 
     def cases(self, precision: str) -> Iterator[Case]:
-        for name in op.names():
+        for name in scope.ops(precision):
             for sample in op.get(name).samples():
                 params = {"op": name, "sample": sample.name}
                 suite: Suite = "full" if sample.big else "quick"

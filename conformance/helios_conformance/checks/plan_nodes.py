@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 import helios.ops  # noqa: F401  (registers the opset)
 from helios import op
 from helios.graph import TensorType
@@ -78,6 +80,10 @@ def describe(operand: str, type_: TensorType) -> Arg:
         return Arg(shape, "table", dtype)
     if operand in ("coeffs", "t"):
         return Arg(shape, "uniform", dtype, scale=999.0 if operand == "t" else 1.0)
+    if operand.endswith("_scale"):
+        return Arg(shape, "uniform", dtype, scale=0.02, offset=0.005)
+    if dtype == torch.float8_e4m3fn:
+        return Arg(shape, dtype=dtype, scale=80.0)
     if operand in _MATRICES and len(shape) > 1:
         return Arg(shape, dtype=dtype, scale=math.prod(shape[1:]) ** -0.5)
     if operand in _GAINS:

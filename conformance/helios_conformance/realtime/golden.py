@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from helios.backend import PRECISIONS, ReferenceBackend
+from helios.backend import ReferenceBackend
 from helios.errors import InputError
 from helios.fit.costs import Setting, phase_costs, stage_graphs
 from helios.graph import Graph, Rate, Value
@@ -18,6 +18,7 @@ from helios.lower import lower, plan_for
 from helios.model import presets
 from helios.pipeline.denoise import Layout, denoise_graphs
 from helios.pipeline.history import Window
+from helios.precision import PRECISIONS, Precision
 from helios.program import Context, Program
 from helios_conformance import draws
 from helios_conformance.draws import Root
@@ -56,7 +57,7 @@ def setting_of(options: Options, variant: str, precision: str = "bf16") -> Setti
         options.height,
         options.width,
         text_tokens=options.tokens,
-        dtype=PRECISIONS[precision],
+        precision=PRECISIONS[precision],
     )
 
 
@@ -74,12 +75,12 @@ def entries(options: Options, variant: str, *, limit: float = AFFORDABLE) -> lis
     return chosen
 
 
-def graphs_of(options: Options, variant: str, dtype: torch.dtype) -> dict[str, Graph]:
-    """The denoising graphs of the pipeline's own program."""
+def graphs_of(options: Options, variant: str, precision: Precision | torch.dtype) -> dict[str, Graph]:
+    """The denoising graphs of the pipeline's own program; in a dtype, nothing is quantised."""
     size, sampling = presets.size(options.size), presets.variant(variant)
     factor = size.vae.scale_factor_spatial
     layout = Layout(1, options.height // factor, options.width // factor, options.tokens, Window())
-    made = denoise_graphs(size.transformer, sampling.scheduler, sampling.pipeline, layout, dtype)
+    made = denoise_graphs(size.transformer, sampling.scheduler, sampling.pipeline, layout, precision)
     return {name: graph for name, graph in made.items() if name.startswith("denoise.")}
 
 
@@ -118,7 +119,7 @@ def outputs_of(program: Program, graphs: Mapping[str, Graph], name: str, root: R
 
 
 def oracle(
-    options: Options, variant: str, precision: str, names: list[str], root: Root, arithmetic: torch.dtype | None = None
+    options: Options, variant: str, precision: str, names: list[str], root: Root, arithmetic: Precision | None = None
 ) -> dict[str, Tensor]:
     """The same on the host, by the op bodies.
 
@@ -127,7 +128,7 @@ def oracle(
         precision: in which the device computes: its inputs are rounded to it.
         names: of the entries.
         root: of the draws.
-        arithmetic: float64 for the oracle; the working dtype for the reference.
+        arithmetic: ``None`` for the oracle in float64; the precision itself for the reference.
 
     Raises:
         InputError: there is no entry to compute.

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from helios import op
-from helios.backend import PRECISIONS
-from helios.graph import Graph, Rate, Value
+from helios.graph import Graph, Node, Rate, Value
 from helios.model.config import TransformerConfig
 from helios.model.transformer import DenoiseShape, HistoryShape, denoise_graph
-from helios.passes import prune
+from helios.passes import prune, quantize
 from helios.pipeline.history import Window
+from helios.precision import PRECISIONS
 from helios.program import WeightReader
 from helios_conformance import budget
 from helios_conformance.budget import Errors
@@ -54,11 +54,19 @@ class Pick:
 def values(graph: Graph, block: int) -> dict[str, Value]:
     """The values of ``ROLES``. A block has two attentions, and ends with the third of its residual additions."""
     sums = [node.outputs[0] for node in graph.nodes if node.op == "gated_add"]
-    own = [node for node in graph.nodes if node.op == "attention"][2 * block]
+    own = [node for node in graph.nodes if node.op in ("attention", "scaled_attention")][2 * block]
     first = next(node for node in graph.nodes if node.op == "layer_norm").values[0]
     before = sums[3 * block - 1] if block else first
-    seen = (first, before, own.values[1], own.values[2], own.outputs[0], sums[3 * block + 2], sums[-1])
+    seen = (first, before, *_keys_and_values(graph, own), own.outputs[0], sums[3 * block + 2], sums[-1])
     return dict(zip(ROLES, (*seen, dict(graph.outputs)["velocity"]), strict=True))
+
+
+def _keys_and_values(graph: Graph, attention: Node) -> tuple[Value, Value]:
+    """What an attention reads, before it is quantised."""
+    if attention.op == "attention":
+        return attention.values[1], attention.values[2]
+    rows = {node.outputs[0]: node.values[0] for node in graph.nodes if node.op == "quantize_rows"}
+    return rows[attention.values[2]], rows[attention.values[4]]
 
 
 def constants(graph: Graph, block: int) -> Graph:
@@ -260,7 +268,9 @@ def reference_errors(
     """What the op bodies err in the working dtype, at 64×64 pixels with 64 tokens of text."""
     side = 8 >> (2 - chosen.stage)
     shape = DenoiseShape(side, side, 64, Window().indices, HistoryShape(8, 8))
-    working, wide = (denoise_graph(config, shape, dtype=d) for d in (PRECISIONS[precision], torch.float64))
+    asked = PRECISIONS[precision]
+    working, wide = (denoise_graph(config, shape, dtype=d) for d in (asked.dtype, torch.float64))
+    working, _ = quantize(working, asked)
     graphs = {working.name: working}
     bound = golden.contexts(graphs, chosen.root)
     given = {**bound[Rate.PROMPT], **bound[Rate.CHUNK], **golden.draw(graphs, Rate.STEP, chosen.root)}

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from helios import op
-from helios.backend import PRECISIONS
 from helios.graph import Graph, Rate, Value
 from helios.model import presets
+from helios.precision import DTYPES, PRECISIONS
 from helios_conformance import budget, selection
 from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Judged, Kept, Observation
@@ -100,7 +100,7 @@ def observe(case: Case, session: Session, scene: Scene, last: str) -> tuple[dict
     if chosen is None:
         return {}, None
     name = f"denoise.{chosen.stage}"
-    graph = golden.graphs_of(scene.options, case.params["variant"], session.dtype(case.precision))[name]
+    graph = golden.graphs_of(scene.options, case.params["variant"], PRECISIONS[case.precision])[name]
     timed = _velocity_of_the_timed(case, session, scene, chosen, name)
     scene.pipeline.release()
     gc.collect()
@@ -118,7 +118,7 @@ def observe(case: Case, session: Session, scene: Scene, last: str) -> tuple[dict
 
 def _velocity_of_the_timed(case: Case, session: Session, scene: Scene, chosen: Pick, name: str) -> Tensor:
     program = scene.pipeline.denoiser(scene.request("golden", 0, case.params["steps"])).program
-    graphs = golden.graphs_of(scene.options, case.params["variant"], session.dtype(case.precision))
+    graphs = golden.graphs_of(scene.options, case.params["variant"], PRECISIONS[case.precision])
     return session.to_host(golden.forward(program, {name: graphs[name]}, [name], chosen.root)[name])
 
 
@@ -171,7 +171,7 @@ def judge(
     judged = {}
     for role, errors in found.items():
         terms = presets.size(options.size).transformer.ffn_dim
-        allowed = budget.bounds("fused", PRECISIONS[case.precision], terms, errors.count, known[role])
+        allowed = budget.bounds("fused", DTYPES[case.precision], terms, errors.count, known[role])
         judged[f"{LABEL}.{role}"] = Judged(errors, allowed, known[role])
         where = f"stage {chosen.stage}, block {chosen.block}: {role}"
         reasons += [f"opened, {where}: {line}" for line in budget.exceeded(errors, allowed)]
@@ -189,7 +189,7 @@ def _read(
     case: Case, observation: Observation, graph: Graph, chosen: Pick, root: Root
 ) -> tuple[Pick, Rows, dict[str, Tensor], dict[str, Tensor]] | str:
     """Rows and heads as matrices, or what is wrong with them."""
-    dtype = str(PRECISIONS[case.precision]).removeprefix("torch.")
+    dtype = str(DTYPES[case.precision]).removeprefix("torch.")
     shapes = {role: value.shape for role, value in inside.values(graph, chosen.block).items()}
     kept = {role: observation.outputs.get(f"{LABEL}.{role}") for role in ROLES}
     heads = {role: observation.outputs.get(f"{LABEL}.{role}.head") for role in _HEADS}

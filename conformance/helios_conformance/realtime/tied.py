@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from helios.backend import PRECISIONS
 from helios.pipeline.run import Chunk
+from helios.precision import PRECISIONS
 from helios_conformance import budget, selection
 from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Judged, Kept, Observation
@@ -51,7 +51,7 @@ def forwards(case: Case, session: Session, scene: Scene) -> dict[str, Kept]:
     names = golden.entries(options, variant) if scene.origin == "random" else []
     if not names:
         return {}
-    graphs = golden.graphs_of(options, variant, session.dtype(case.precision))
+    graphs = golden.graphs_of(options, variant, PRECISIONS[case.precision])
     program = scene.pipeline.denoiser(scene.request("golden", 0, case.params["steps"])).program
     made = golden.forward(program, {name: graphs[name] for name in graphs}, names, session.root)
     return {

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from helios.graph import Rate
+from helios.precision import PRECISIONS
 from helios_conformance.case import Case, Judged, Kept, Observation, Verdict
 from helios_conformance.draws import Root
 from helios_conformance.realtime import classes, clocks, golden, opened, roofline, shown, tied
@@ -91,7 +92,7 @@ def _made_again(case: Case, session: Session, scene: Scene, reel: Reel, facts: d
 def _profile(case: Case, session: Session, scene: Scene, vae: Mapping[str, int]) -> list[dict[str, Any]]:
     """Of the timed program and of the decoder."""
     program = scene.pipeline.denoiser(scene.request("profile", 0, case.params["steps"])).program
-    graphs = golden.graphs_of(scene.options, case.params["variant"], session.dtype(case.precision))
+    graphs = golden.graphs_of(scene.options, case.params["variant"], PRECISIONS[case.precision])
     return roofline.profile(session, scene, program, graphs, vae)
 
 
