@@ -18,6 +18,7 @@ from helios.cli.options import (
     MemoryOption,
     PrecisionOption,
     StepsOption,
+    VaePrecisionOption,
     backend_options,
 )
 from helios.cli.progress import Report
@@ -26,6 +27,7 @@ from helios.errors import HeliosError, InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from helios.pipeline import Pipeline
     from helios.pipeline.store import RunFolder
 
 __all__ = ["EXAMPLES", "generate"]
@@ -99,6 +101,7 @@ def generate(
     backend_option: BackendOptionsOption = None,
     memory: MemoryOption = None,
     precision: PrecisionOption = None,
+    vae_precision: VaePrecisionOption = None,
     fallback: FallbackOption = None,
     resume: ResumeOption = False,
     from_chunk: FromChunkOption = None,
@@ -127,6 +130,7 @@ def generate(
         from_chunk,
         run,
         backend_options(backend_option, memory),
+        vae_precision,
     )
     job = prepare(asked)
     _introduce(job)
@@ -149,7 +153,7 @@ def _steps(text: str | None) -> tuple[int, ...] | int | None:
 def _introduce(job: Job) -> None:
     request, pipeline = job.request, job.pipeline
     options = "".join(f", {name} {value}" for name, value in pipeline.backend.unusual.items())
-    where = f"on {pipeline.backend.label}{options} in {pipeline.precision}"
+    where = f"on {pipeline.backend.label}{options} in {pipeline.precision}{_decoding(pipeline)}"
     typer.echo(f"{pipeline.model.name}, {where}")  # a path is not wrapped
     if pipeline.random_weights:
         output.line("RANDOM WEIGHTS: the video is noise, and says so in its frames and its metadata", "bold yellow")
@@ -163,6 +167,15 @@ def _introduce(job: Job) -> None:
         typer.echo(f"note: {note}")
     if 0 < job.done < job.chunks:
         output.line(f"{output.count(job.done, 'chunk')} of {job.chunks} are there; the others follow")
+
+
+def _decoding(pipeline: Pipeline) -> str:
+    """In what frames are decoded, where that is not as published, or not what the backend would do by itself."""
+    from helios.model.vae_precision import choose_vae_precision, published_vae_precision
+
+    precision, vae = pipeline.precision, pipeline.vae_precision
+    usual = {published_vae_precision(precision), choose_vae_precision(None, precision, pipeline.backend)}
+    return "" if usual == {vae} else f", VAE in {vae}"
 
 
 def _length(chunks: int) -> str:

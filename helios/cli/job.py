@@ -52,6 +52,7 @@ class Asked:
     from_chunk: int | None = None
     run: Path | None = None
     backend_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    vae_precision: str | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -268,7 +269,15 @@ def _load(asked: Asked, about: Mapping[str, Any]) -> Pipeline:
         backend_options={**(kept.get("options", {}) if same else {}), **asked.backend_options},
         precision=asked.precision or kept.get("precision"),
         fallback=asked.fallback or os.environ.get("HELIOS_FALLBACK") or kept.get("fallback") or "error",
+        vae_precision=asked.vae_precision or _kept_vae(kept),
     )
+
+
+def _kept_vae(kept: Mapping[str, Any]) -> str | None:
+    """In what a run decodes that is gone on with; one that does not say was made when all decoded as published."""
+    from helios.model.vae_precision import published_vae_precision
+
+    return kept.get("vae_precision", published_vae_precision(kept["precision"])) if "precision" in kept else None
 
 
 def _request(pipeline: Pipeline, asked: Asked, about: Mapping[str, Any], *, started: bool = False) -> Request:
@@ -308,6 +317,7 @@ def _about(asked: Asked, pipeline: Pipeline, request: Request, old: Mapping[str,
             "backend": pipeline.backend.label,
             **({"options": dict(pipeline.backend.chosen)} if pipeline.backend.chosen else {}),
             "precision": pipeline.precision,
+            "vae_precision": pipeline.vae_precision,
             "fallback": pipeline.fallback,
         },
         "prompt": None if script else request.texts[0],
