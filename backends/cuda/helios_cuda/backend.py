@@ -13,6 +13,7 @@ from torch import Tensor
 from helios import op
 from helios.backend import Backend, DeviceInfo, Kernel
 from helios.errors import InputError
+from helios.graph import Node
 from helios.lower import compile_kernels
 from helios.passes import Plan
 from helios.program import Program
@@ -27,6 +28,12 @@ from helios_cuda.staging import CudaLink, Landing, Link
 __all__ = ["CudaBackend"]
 
 INTERPRET = "interpret"
+E4M3_FROM = (8, 9)
+"""The first compute capability whose tensor cores multiply e4m3 numbers."""
+OF_E4M3 = frozenset(
+    ("quantized_attention", "quantized_linear", "quantized_qkv_linear", "scaled_attention", "scaled_linear")
+)
+"""Ops that multiply them."""
 
 
 class CudaBackend(Backend):
@@ -46,7 +53,7 @@ class CudaBackend(Backend):
     """
 
     name = "cuda"
-    precisions = ("bf16", "fp32")
+    precisions = ("bf16", "fp32", "fp8", "fp8-attention", "fp8-weights")
     vae_precisions: Mapping[str, str] = {
         # No tensor cores multiply in float32: convolutions would take the longest part of a chunk.
         **dict.fromkeys(("bf16", "fp8", "fp8-attention", "fp8-weights"), "bf16"),
@@ -61,8 +68,11 @@ class CudaBackend(Backend):
         "gelu_quantize",
         "layer_norm_quantize",
         "linear_gelu",
+        "packed_linear",
         "qk_norm_rope",
         "qkv_linear",
+        "quantized_linear",
+        "quantized_qkv_linear",
         "renoise_upsample",
         "unipc_step",
     )
@@ -104,20 +114,35 @@ class CudaBackend(Backend):
         """Which library runs attention. Before a program is compiled it can be told: ``backend.attention.use(...)``."""
         return Chooser(self.device)
 
+    def supports(self, node: Node) -> str | None:
+        had = self._capability
+        if node.op in OF_E4M3 and had is not None and had < E4M3_FROM:
+            return f"only GPUs from sm_89 on multiply e4m3 numbers, this is sm_{had[0]}{had[1]}: take fp8-weights"
+        return super().supports(node)
+
+    @functools.cached_property
+    def _capability(self) -> tuple[int, int] | None:
+        """Of the GPU; None where there is none to ask."""
+        there = not self._interpreted and torch.cuda.is_available()
+        return torch.cuda.get_device_capability(self.device) if there else None
+
     def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
         program = compile_kernels(plan, self, fallback=fallback, program=CudaProgram)
         with self.explained("the choice of attention"):
             self.attention.settle(forms(plan))
-        self._settle_convolutions(plan)
+        self._settle_others(plan)
         return program
 
-    def _settle_convolutions(self, plan: Plan) -> None:
+    def _settle_others(self, plan: Plan) -> None:
         if self._interpreted:
             return
-        from helios_cuda import convolution  # which imports Triton
+        from helios_cuda import convolution, scaled  # which import Triton
 
+        described = str(describe(self.device))
         with self.explained("the choice of convolutions"):
-            convolution.settle(convolution.forms(plan), self.device, str(describe(self.device)))
+            convolution.settle(convolution.forms(plan), self.device, described)
+        with self.explained("the choice of products of e4m3 numbers"):
+            scaled.settle(scaled.forms(plan), self.device, described)
 
     def synchronize(self) -> None:
         if not self._interpreted:
@@ -187,6 +212,10 @@ class CudaBackend(Backend):
             from helios_cuda import convolution  # which imports Triton
 
             convolution.CHOICES.replay(plan["convolution"], str(describe(self.device)))
+        if plan.get("scaled"):
+            from helios_cuda import scaled  # which imports Triton
+
+            scaled.CHOICES.replay(plan["scaled"], str(describe(self.device)))
 
     @property
     def label(self) -> str:
@@ -195,8 +224,8 @@ class CudaBackend(Backend):
 
 def _kernels() -> Mapping[str, Kernel]:
     """All kernels by op name. Imports Triton."""
-    from helios_cuda import convolution
+    from helios_cuda import convolution, packed, scaled
     from helios_cuda.kernels import KERNELS
 
     bodies = {name: Kernel(op.get(name).fn) for name in op.names() if op.get(name).kind != "fused"}
-    return {**bodies, **gemm.KERNELS, **convolution.KERNELS, **KERNELS}
+    return {**bodies, **gemm.KERNELS, **convolution.KERNELS, **scaled.KERNELS, **packed.KERNELS, **KERNELS}

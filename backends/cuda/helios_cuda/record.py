@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from helios_cuda.backend import CudaBackend
 
-__all__ = ["execution_plan"]
+__all__ = ["cublas", "execution_plan"]
 
 _CUBLAS = ("nvidia-cublas", "nvidia-cublas-cu13", "nvidia-cublas-cu12")
 """Names under which cuBLAS has been packaged."""
@@ -22,10 +22,10 @@ def execution_plan(backend: CudaBackend) -> dict[str, Any]:
 
     Keys: ``device`` and ``capability``; ``cuda`` that torch is built with, ``cudnn``, ``cublas`` and ``triton``, each a
     version or None where it cannot be told; ``graphs``, true or why not; ``memory``, full or low; ``attention``, the
-    library of each form so far, which ``backend.attention.use`` takes back; ``convolution``, the way of each form so
-    far, which ``convolution.CHOICES.replay`` takes back.
+    library of each form so far, which ``backend.attention.use`` takes back; ``convolution`` and ``scaled``, the way of
+    each form of convolutions and of products of e4m3 numbers so far, which ``CHOICES.replay`` of each takes back.
     """
-    from helios_cuda import convolution  # which imports Triton
+    from helios_cuda import convolution, scaled  # which import Triton
 
     on_gpu = backend.device.type == "cuda"
     capability = ".".join(map(str, torch.cuda.get_device_capability(backend.device))) if on_gpu else None
@@ -34,13 +34,19 @@ def execution_plan(backend: CudaBackend) -> dict[str, Any]:
         "capability": capability,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "cublas": next((v for v in map(_version, _CUBLAS) if v), None),
+        "cublas": cublas(),
         "triton": _version("triton"),
         "graphs": backend.eager or True,
         "memory": "low" if backend.low else "full",
         "attention": backend.attention.plan,
         "convolution": copy.deepcopy(convolution.CHOICES.record),
+        "scaled": copy.deepcopy(scaled.CHOICES.record),
     }
+
+
+def cublas() -> str | None:
+    """The version of cuBLAS, or None where it was not installed by itself."""
+    return next((v for v in map(_version, _CUBLAS) if v), None)
 
 
 def _version(package: str) -> str | None:

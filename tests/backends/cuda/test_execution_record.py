@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from helios.backend import select
-from helios_cuda import CudaBackend
-from helios_cuda.convolution import CHOICES
+from helios_cuda import CudaBackend, convolution, scaled
 
 
 def test_a_gpu_and_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +17,8 @@ def test_a_gpu_and_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91400)
     monkeypatch.setattr("importlib.metadata.version", lambda name: {"triton": "3.6.0", "nvidia-cublas": "13.1"}[name])
-    monkeypatch.setattr(CHOICES, "record", {})
+    monkeypatch.setattr(convolution.CHOICES, "record", {})
+    monkeypatch.setattr(scaled.CHOICES, "record", {})
     wanted = {
         "device": "NVIDIA H200",
         "capability": "9.0",
@@ -30,6 +30,7 @@ def test_a_gpu_and_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         "memory": "full",
         "attention": {},
         "convolution": {},
+        "scaled": {},
     }
     assert CudaBackend().execution_plan() == wanted
     changed = CudaBackend(graphs="off", memory="low").execution_plan()
