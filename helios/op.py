@@ -19,7 +19,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
@@ -41,6 +41,7 @@ __all__ = [
     "expand",
     "get",
     "infer",
+    "multiplicands",
     "names",
     "op",
 ]
@@ -56,6 +57,16 @@ accumulates, ``fused`` is a composition of other ops."""
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a body accumulates: at least float32, and float64 stays float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def multiplicands(*operands: Tensor | None) -> Iterator[Tensor | None]:
+    """Operands of a product as torch should get them: float16 on the host as float32.
+
+    Products accumulate in at least float32 in any case; on many hosts torch multiplies float16 number by number.
+    """
+    for x in operands:
+        narrow = x is not None and x.dtype == torch.float16 and x.device.type == "cpu"
+        yield x.float() if narrow else x  # type: ignore[union-attr]
 
 
 Fill = Literal["normal", "outliers", "tiny", "flat", "table", "uniform"]

@@ -44,7 +44,7 @@ LEVELS: tuple[Level, ...] = ("ops", "blocks", "model", "pipeline", "realtime")
 Suite = Literal["quick", "full"]
 SUITES: tuple[Suite, ...] = ("quick", "full")
 
-PRECISIONS = ("bf16", "fp32", "fp8", "fp8-attention", "fp8-weights")
+PRECISIONS = ("bf16", "fp16", "fp32", "fp8", "fp8-attention", "fp8-weights")
 """What can be certified: float64 is the oracle's own dtype, so nothing could judge it."""
 
 State = Literal["pass", "fail", "unsupported", "not_run"]

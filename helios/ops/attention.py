@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from helios.op import Arg, ErrorCase, Sample, op
+from helios.op import Arg, ErrorCase, Sample, multiplicands, op
 from helios.ops.pointwise import HUGE, LONG
 
 __all__ = ["attention"]
@@ -68,5 +68,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         ``[b, s, h, d]`` in the dtype of q. Scores, softmax and both products accumulate in at least float32;
         probabilities may be rounded to the dtype of v before the second product.
     """
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-    return out.transpose(1, 2)
+    queries, keys, values = (x.transpose(1, 2) for x in multiplicands(q, k, v))  # type: ignore[union-attr]
+    out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+    return out.transpose(1, 2).to(q.dtype)

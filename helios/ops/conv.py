@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios.errors import OpError
-from helios.op import Arg, ErrorCase, Fill, Sample, accumulator, op
+from helios.op import Arg, ErrorCase, Fill, Sample, accumulator, multiplicands, op
 from helios.ops.pointwise import HUGE, silu
 
 __all__ = [
@@ -102,7 +102,8 @@ def conv3d(
     room = [size + 2 * pad for size, pad in zip(x.shape[2:], padding, strict=True)]
     if any(have < kernel for have, kernel in zip(room, weight.shape[2:], strict=True)):
         raise OpError(f"conv3d: the padded input {room} is smaller than the kernel {list(weight.shape[2:])}")
-    return F.conv3d(x, weight, bias, stride=stride, padding=padding)
+    video, kernel, row = multiplicands(x, weight, bias)
+    return F.conv3d(video, kernel, row, stride=stride, padding=padding).to(x.dtype)  # type: ignore[arg-type]
 
 
 def _norm_samples() -> list[Sample]:

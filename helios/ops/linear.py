@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios.errors import OpError
-from helios.op import Arg, ErrorCase, Fill, Sample, op
+from helios.op import Arg, ErrorCase, Fill, Sample, multiplicands, op
 from helios.ops.pointwise import HUGE, LONG, gelu
 
 __all__ = ["linear", "linear_gelu", "qkv_linear"]
@@ -59,7 +59,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"linear: x {list(x.shape)} ends in {x.shape[-1]}, weight {list(weight.shape)} takes {weight.shape[1]}"
         )
     # As a matrix: on other ranks and strides torch adds the bias after a rounding.
-    rows = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    wide, matrix, row = multiplicands(x.reshape(-1, x.shape[-1]), weight, bias)
+    rows = F.linear(wide, matrix, row).to(x.dtype)  # type: ignore[arg-type]
     return rows.reshape(*x.shape[:-1], weight.shape[0])
 
 

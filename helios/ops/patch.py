@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios.errors import OpError
-from helios.op import Arg, ErrorCase, Fill, Sample, accumulator, op
+from helios.op import Arg, ErrorCase, Fill, Sample, accumulator, multiplicands, op
 
 __all__ = ["patch_embed", "timestep_embedding", "unpatchify"]
 
@@ -57,7 +57,8 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     kernel = tuple(weight.shape[2:])
     if any(size % k for size, k in zip(x.shape[2:], kernel, strict=True)):
         raise OpError(f"patch_embed: {list(x.shape[2:])} is not a multiple of the patch {list(kernel)}")
-    return F.conv3d(x, weight, bias, stride=kernel).flatten(2).transpose(1, 2)
+    video, filters, row = multiplicands(x, weight, bias)
+    return F.conv3d(video, filters, row, stride=kernel).flatten(2).transpose(1, 2).to(x.dtype)  # type: ignore[arg-type]
 
 
 def _unpatchify_samples() -> list[Sample]:

@@ -97,7 +97,9 @@ class Pipeline:
     ) -> None:
         self.model, self.backend, self.precision, self.fallback = model, backend, precision, fallback
         self.dtype = PRECISIONS[precision]
-        self.text = model.text(self.dtype, backend.device)
+        # The published encoder overflows in float16, as its family does.
+        text = torch.bfloat16 if self.dtype == torch.float16 else self.dtype
+        self.text = model.text(text, backend.device)
         self.vae_precision = choose_vae_precision(vae_precision, precision, backend)
         self._vae_asked = vae_precision is not None
         self.codec = Codec(model.vae, model.vae_weights, backend, VAE_DTYPES[self.vae_precision], fallback)
@@ -267,8 +269,8 @@ class Pipeline:
     def apart(self) -> bool:
         """Whether the text encoder and the transformer have no room at once, by what was free at the first request.
 
-        Then what a request says is encoded first, and the transformer loaded when the encoder is gone; of one with new
-        prompts it is loaded again. The same bits come of it.
+        Then what a request says is encoded first, and the transformer loaded when the encoder is gone; for new prompts
+        it steps aside, or is loaded again where its program cannot. The same bits come of it.
         """
         if self._apart is None:
             shapes = (info.shape for info in self.model.transformer_weights.tensors.values())
@@ -286,7 +288,8 @@ class Pipeline:
         wanted = [(text, request.tokens) for text in texts]
         known = {key: self._encoded[key] for key in wanted if key in self._encoded}
         if len(known) < len(wanted):
-            self._denoiser = None
+            if self._denoiser is not None and not self._denoiser.program.aside():
+                self._denoiser = None
             with self.backend.explained("the text encoder"):
                 known |= {key: self.text.encode(*key) for key in wanted if key not in known}
             self.text.release()

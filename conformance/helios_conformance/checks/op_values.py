@@ -26,6 +26,8 @@ class OpValues:
     def cases(self, precision: str) -> Iterator[Case]:
         for name in scope.ops(precision):
             for sample in op.get(name).samples():
+                if precision == "fp16" and sample.name == "huge":
+                    continue  # its numbers are beyond 65504
                 params = {"op": name, "sample": sample.name}
                 suite: Suite = "full" if sample.big else "quick"
                 label, timeout = f"{name}[{precision},{sample.name}]", 600.0 if sample.big else 120.0

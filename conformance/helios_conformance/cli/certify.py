@@ -26,7 +26,7 @@ __all__ = ["EXAMPLES", "certify"]
 EXAMPLES = "Examples: helios certify --backend cpu; helios certify --backend cuda:1 --suite full --level all"
 SUITES = ("quick", "full")
 LEVELS = ("ops", "blocks", "model", "pipeline", "realtime")
-PRECISIONS = ("bf16", "fp32", "fp8", "fp8-attention", "fp8-weights")
+PRECISIONS = ("bf16", "fp16", "fp32", "fp8", "fp8-attention", "fp8-weights")
 
 BackendName = Annotated[
     str | None, typer.Option(metavar="NAME[:PROVIDER][:INDEX]", help="What is judged.", show_default=False)
