@@ -9,10 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from helios.backend import Kernel
-from helios_cuda.kernels import attention, norm, pointwise, quantize, resample, residual, rope, sampler, vae
+from helios_cuda.kernels import (
+    attention,
+    norm,
+    pointwise,
+    quantize,
+    resample,
+    residual,
+    rope,
+    sampler,
+    scaled_attention,
+    vae,
+)
 
 __all__ = ["KERNELS"]
 
-FAMILIES = (attention, norm, pointwise, quantize, resample, residual, rope, sampler, vae)
+FAMILIES = (attention, norm, pointwise, quantize, resample, residual, rope, sampler, scaled_attention, vae)
 
 KERNELS: Mapping[str, Kernel] = {name: kernel for family in FAMILIES for name, kernel in family.KERNELS.items()}

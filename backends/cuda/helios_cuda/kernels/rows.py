@@ -14,7 +14,7 @@ from torch import Tensor
 from helios_cuda import tables
 from helios_cuda.kernels.numerics import LARGEST, e4m3, rounded
 
-__all__ = ["as_bytes", "converts", "quantised_like", "store_rows"]
+__all__ = ["as_bytes", "converts", "quantised", "quantised_like", "store_rows"]
 
 CONVERTS_FROM = 90
 """Compute capability from which Triton converts e4m3 numbers by one instruction, and rounds once. On sm_89 it goes by
@@ -40,7 +40,7 @@ def as_bytes(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _quantised(wide, CONVERTS: tl.constexpr):
+def quantised(wide, CONVERTS: tl.constexpr):
     """Bytes of e4m3 and the scale of each row of a tile, in which what is no part of the row is 0."""
     # As whole numbers the sizes have the same order, and NaN is above all.
     sizes = wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -58,11 +58,12 @@ def store_rows(out, scales, row, rows, column, wide, width: tl.constexpr, CONVER
         out: contiguous rows; bytes of e4m3 where they are quantised.
         scales: one float32 a row, or None.
         row, column: int64 ``[n, 1]`` and ``[1, m]``; written are those below ``rows`` and ``width``.
+        wide: float32 ``[n, m]``; 0 beyond the width where rows are quantised, since it counts there.
     """
     inside = (column < width) & (row < rows)
     if scales is None:
         tl.store(out + row * width + column, rounded(wide, out.dtype.element_ty), inside)
     else:
-        numbers, scale = _quantised(tl.where(inside, wide, 0.0), CONVERTS)
+        numbers, scale = quantised(wide, CONVERTS)
         tl.store(out + row * width + column, numbers, inside)
         tl.store(scales + row, scale, row < rows)
