@@ -71,6 +71,7 @@ class CudaBackend(Backend):
         "packed_linear",
         "qk_norm_rope",
         "qkv_linear",
+        "quantized_attention",
         "quantized_linear",
         "quantized_qkv_linear",
         "renoise_upsample",
