@@ -155,6 +155,11 @@ class Program:
         """Seconds of each node in one step, synchronised after every one; nothing where graphs run whole."""
         return []
 
+    def aside(self) -> bool:
+        """Give the device's memory to others until the next evaluation, as far as the host has what lies there; False
+        where it has not, so that only a program that is dropped gives it back."""
+        return False
+
     def place(self, tensor: Tensor, value: Value, owner: str = "the graph") -> Tensor:
         """The tensor on the device, in the dtype of ``value``. Raises InputError if it has another shape.
 

@@ -287,6 +287,8 @@ class Run:
         return torch.stack([self._embeddings[text] for text in texts])
 
     def _encode(self, text: str) -> Encoded:
+        if self.encoded:  # there is no room for both: this one came while the run was under way
+            self.denoiser.program.aside()
         with self.codec.backend.explained("the text encoder"):
             return self.text.encode(text, self.request.tokens)
 

@@ -17,6 +17,7 @@ from helios.model.text import StandInText, Umt5Text, text_bytes
 from helios.pipeline import Pipeline
 from helios.pipeline import pipeline as pipelines
 from helios.pipeline.denoise import Denoiser
+from helios.program import Program
 
 SETTINGS: dict[str, Any] = {"height": 64, "width": 64, "steps": 1, "max_sequence_length": 8}
 
@@ -117,6 +118,39 @@ def test_a_run_that_goes_on_has_the_prompts_of_its_state(checkpoint: Path, order
     small.plan(request, first.state)
     assert {text for text, _ in small._encoded} == {"a cat", "a dog"}
     assert order == ["encoder", "released", "transformer"]
+
+
+def steps_aside(order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def aside(self: Program) -> bool:
+        order.append("aside")
+        return True
+
+    monkeypatch.setattr(Program, "aside", aside)
+
+
+def test_a_transformer_that_can_step_aside_is_not_loaded_again(
+    checkpoint: Path, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = latents(made(checkpoint, 1 << 40), "a dog")
+    steps_aside(order, monkeypatch)
+    small = made(checkpoint, 1 << 16)
+    latents(small, "a cat")
+    order.clear()
+    assert torch.equal(latents(small, "a dog"), wanted)
+    assert order == ["aside", "encoder", "released"]
+
+
+def test_it_steps_aside_for_prompts_that_arrive_while_it_runs(
+    checkpoint: Path, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(chunk: int) -> str | None:
+        return "a dog" if chunk == 1 else None
+
+    wanted = latents(made(checkpoint, 1 << 40), "a cat", 2, prompts=ask)
+    steps_aside(order, monkeypatch)
+    order.clear()
+    assert torch.equal(latents(made(checkpoint, 1 << 16), "a cat", 2, prompts=ask), wanted)
+    assert order == ["encoder", "released", "transformer", "aside", "encoder", "released"]
 
 
 def test_given_embeddings_need_no_encoder(checkpoint: Path, order: list[str]) -> None:

@@ -124,6 +124,11 @@ def checks(make: Make, size: str, height: int, width: int) -> Iterator[Check]:
         fetched = Steps(make(memory="low"), size, height, width)
         yield "weights fetched from the host give the same bits", _differences(fetched.all(), wanted)
         yield "the host waits for nothing while they are fetched", _waits(fetched)
+    del fetched
+    with _no_room(resident=0.5):
+        half = Steps(make(memory="low"), size, height, width)
+        yield "half of them fetched as well", _differences(half.all(), wanted)
+        yield "weights that stepped aside are back when they are used", _aside(half, wanted)
 
 
 def _distinct(results: Mapping[str, Tensor]) -> str:
@@ -272,15 +277,34 @@ def _unlike(found: list[Chunk], wanted: list[Chunk]) -> str:
 
 
 @contextlib.contextmanager
-def _no_room() -> Iterator[None]:
-    """Within, all weights are fetched."""
-    from helios_cuda import offload
+def _no_room(resident: float = 0.0) -> Iterator[None]:
+    """Within, weights are fetched, all but that part."""
+    from helios_cuda import offload, program
 
-    reserve, offload.RESERVE = offload.RESERVE, 1 << 62
-    try:
+    def streamed(link: Any, device: Any, _resident: float, seldom: Any) -> Any:
+        return offload.Streamed(link, device, resident, seldom)
+
+    with mock.patch.object(offload, "RESERVE", 1 << 62), mock.patch.object(program, "Streamed", streamed):
         yield
-    finally:
-        offload.RESERVE = reserve
+
+
+def _aside(steps: Steps, wanted: Mapping[str, Tensor]) -> str:
+    """Twice: the second time the host has its copies. Their memory is another's meanwhile."""
+    if steps.backend.device.type != "cuda":
+        return ""
+    for _ in range(2):
+        before = torch.cuda.memory_allocated()
+        if not steps.program.aside():
+            return "they stay"
+        freed = before - torch.cuda.memory_allocated()
+        if freed <= 0:
+            return "nothing is given back"
+        other = torch.full((freed,), 255, dtype=torch.uint8, device=steps.backend.device)
+        del other
+        found = _differences(steps.all(), wanted)
+        if found:
+            return found
+    return ""
 
 
 def main() -> int:

@@ -88,6 +88,10 @@ class CudaProgram(KernelProgram):
             return {"graphs": [], "eager": self.eager or "nothing ran yet"}
         return {"graphs": list(self._steps.names), "static_bytes": self._steps.nbytes}
 
+    def aside(self) -> bool:
+        with self._running("the weights' copies"):
+            return self._streamed is not None and self._streamed.aside()
+
     def capture(self) -> None:
         """Capture all entries now, and not when the first of them is run: for a process that is to answer at once."""
         with self._running("the graphs of its steps"):

@@ -35,7 +35,7 @@ def make(**options: Any) -> Backend:
 
 def test_what_is_right_passes(tool: ModuleType) -> None:
     found = list(tool.checks(make, "tiny", 64, 64))
-    assert len(found) == 14
+    assert len(found) == 16
     assert [wrong for _, wrong in found if wrong] == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
@@ -91,6 +92,51 @@ def test_copies_run_ahead_and_wait_for_the_kernels_that_read_the_slot() -> None:
         streamed[i]
     assert len(link.copies) == 6
     assert link.waits == 0  # the host never
+
+
+def test_copies_of_a_run_begin_while_the_one_before_it_computes() -> None:
+    link = SlowLink()
+    streamed = filled(0.0, slots=3, link=link)
+    for _ in range(2):
+        streamed.begin(range(6))
+        assert all(same(streamed[i], handle(i)) for i in range(6))
+        streamed.end()
+    # Each waits for the last kernel that read its slot, and not for the end of the run.
+    assert link.free[6:9] == [5, 6, 7]
+    assert link.clock > 7
+
+
+def test_handles_step_aside_and_return_as_they_were() -> None:
+    link = SlowLink()
+    streamed = filled(0.5, link=link)
+    streamed["odd"] = Handle(torch.zeros(4, 8)[:, :3], None, ())
+    kept = {key: weakref.ref(h.weight) for key, h in streamed._kept.items() if key != "odd"}
+    assert len(kept) == 3
+    for _ in range(2):
+        assert streamed.aside()
+        taken = link.taken  # a second time nothing is copied
+        assert [ref() for ref in kept.values() if ref() is not None] == []
+        assert len(streamed) == 7
+        assert {*streamed} == {0, 1, 2, 3, 4, 5, "odd"}
+        assert all(key in streamed for key in kept)
+        streamed.begin(range(6))
+        assert all(same(streamed[i], handle(i)) for i in range(6))
+        streamed.end()
+        assert link.taken == taken
+        kept = {key: weakref.ref(streamed[key].weight) for key in kept}
+    assert streamed.aside()
+    assert all(same(streamed[i], handle(i)) for i in range(6))  # outside of a run too
+    assert streamed.aside()
+    del streamed[next(iter(kept))]
+    assert len(streamed) == 6
+
+
+def test_nothing_steps_aside_where_the_host_has_no_room() -> None:
+    link = SlowLink()
+    streamed = filled(1.0, link=link)
+    link.fails_after = link.taken
+    assert not streamed.aside()
+    assert len(streamed._kept) == 6
 
 
 def test_residents_are_spread_evenly() -> None:
@@ -232,6 +278,16 @@ def test_programs_give_the_same_with_their_weights_on_the_host() -> None:
     assert told["resident_bytes"] + told["fetched_bytes"] == ALL
     program.load(Weights())  # anew, and not on top of the old ones
     assert program.execution() == told
+
+
+def test_a_program_steps_aside_and_computes_the_same_after_it() -> None:
+    backend = OnCpu(offload.RESERVE + ALL // 2, memory="low")
+    wanted, program = results(backend)
+    assert program.aside()
+    context = program.bind({"text": torch.ones(2, WIDTH)})
+    assert torch.equal(program.run("main", {"x": torch.ones(2, WIDTH)}, context)["y"], wanted[1])
+    _, all_there = results(OnCpu(10 << 30, memory="low", graphs="off"))
+    assert not all_there.aside()
 
 
 def test_low_memory_changes_nothing_where_all_fits() -> None:
