@@ -11,6 +11,10 @@
 Libraries differ in their last bits, so a run that is to be continued must take the ones that it began with. A form that
 nobody settled runs in Triton, and is recorded as such when it first does.
 
+Attention of quantised operands is another op, with forms of a dtype of their own: only our kernel runs it, whatever
+library was asked for, and that kernel runs nothing else, so that a plan in bfloat16 never has a quantised one. It is
+recorded beside the others, as ``triton e4m3``.
+
 Before a library is timed, some rows of its result are compared with float32 arithmetic: a wrong one is refused, however
 fast. Of two within 2% of each other the first in the list wins, so that noise does not decide.
 
@@ -33,6 +37,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -41,8 +46,9 @@ import torch
 from torch import Tensor
 
 from helios.errors import BackendError, InputError, unknown_name
+from helios.graph import Node, Value
 from helios.passes import Plan
-from helios_cuda.attention_libraries import LIBRARIES, TRITON, Device, Form, Library, describe
+from helios_cuda.attention_libraries import E4M3, LIBRARIES, QUANTISED, TRITON, Device, Form, Library, describe
 from helios_cuda.choice import RESUME, elapsed, fastest, reason
 
 __all__ = ["MEASURE", "Chooser", "Clock", "device_clock", "forms"]
@@ -57,12 +63,22 @@ REPEATS = 9
 BOUND = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-8, torch.float32: 2.0**-12}
 """Of the relative error of a library's result, in the Euclidean norm; four times and more what a right one has."""
 ROWS = 16
+KEYS_AT = {"attention": 1, "quantized_attention": 1, "scaled_attention": 2}
+"""Ops that are attention, and which operand of theirs the keys are."""
 
 
 def forms(plan: Plan) -> list[Form]:
     """The different attentions of a plan."""
-    nodes = (node for graph in plan.graphs.values() for node in graph.nodes if node.op == "attention")
-    return list(dict.fromkeys(Form.of(*node.inputs[:2]) for node in nodes))  # type: ignore[arg-type]
+    found = (_form(node) for graph in plan.graphs.values() for node in graph.nodes if node.op in KEYS_AT)
+    return list(dict.fromkeys(found))
+
+
+def _form(node: Node) -> Form:
+    q, k = node.inputs[0], node.inputs[KEYS_AT[node.op]]
+    assert isinstance(q, Value)
+    assert isinstance(k, Value)
+    form = Form.of(q, k)
+    return form if node.op == "attention" else dataclasses.replace(form, dtype=E4M3)
 
 
 def device_clock(call: Callable[[], object]) -> float:
@@ -151,11 +167,16 @@ class Chooser:
         if str(form) not in self._plan:
             by_name = self._name != MEASURE
             self._plan[str(form)] = self._named(form) if by_name else self._entry(self._libraries[TRITON.name], {}, {})
-        library = self._libraries[self._plan[str(form)]["library"]]
+        library = self._known[self._plan[str(form)]["library"]]
         if why := library.there(form, self._here):
             raise BackendError(f"the plan has {library.name} for attention of {form}: {why}", RESUME)
         self._settled[form] = library
         return library
+
+    @property
+    def _known(self) -> Mapping[str, Library]:
+        """All that a plan may name."""
+        return {**self._libraries, QUANTISED.name: QUANTISED}
 
     @property
     def _here(self) -> Device:
@@ -174,13 +195,13 @@ class Chooser:
     def _require(self, key: str, entry: Mapping[str, Any]) -> None:
         """That a plan's entry holds here, too."""
         name, wanted, device = (str(entry.get(part, "")) for part in ("library", "version", "device"))
-        if name not in self._libraries:
-            known = ", ".join(self._libraries)
+        if name not in self._known:
+            known = ", ".join(self._known)
             raise BackendError(f"the plan has the attention library {name!r} for {key}; known are {known}", RESUME)
         if device != str(self._here):
             raise BackendError(f"the plan chose attention of {key} for {device}, this is {self._here}", RESUME)
         try:
-            version = self._libraries[name].version()
+            version = self._known[name].version()
         except ImportError:
             version = "not installed"
         if wanted != version:
@@ -188,6 +209,8 @@ class Chooser:
 
     def _choose(self, form: Form, budget: float) -> dict[str, Any]:
         """The entry for a form; timed calls take about ``budget`` milliseconds."""
+        if form.dtype == E4M3:
+            return self._entry(QUANTISED, {}, {})
         if self._name != MEASURE:
             return self._named(form)
         refused: dict[str, str] = {}

@@ -11,7 +11,8 @@ adapter knows of its library, checked against its published sources:
   3 give a tensor, an older 3 and version 4 also the logarithms of the sums. With version 4 alone ``flash_attn`` is a
   namespace without the function, so that finding the package is no proof of version 2.
 
-None of them is a quantised one; those belong to a precision of their own. torch switches its backends for the whole
+None of them is a quantised one. Attention of e4m3 numbers belongs to a precision of its own, and no library here offers
+it with a scale a row: ``QUANTISED`` is ours, and in no list to choose from. torch switches its backends for the whole
 process, so two threads must not run attention at once.
 """
 
@@ -31,7 +32,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from helios_cuda.launch import name_of
 
-__all__ = ["LIBRARIES", "TRITON", "Device", "Form", "Library", "describe"]
+__all__ = ["E4M3", "LIBRARIES", "QUANTISED", "TRITON", "Device", "Form", "Library", "describe"]
+
+E4M3 = torch.float8_e4m3fn
+"""The dtype of forms whose operands are quantised, whatever they come in."""
 
 Run = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 _SINCE_AMPERE = (8, 9, 10, 11, 12)
@@ -64,7 +68,7 @@ class _Typed(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Form:
-    """All that decides which library is fastest: sizes and dtype."""
+    """All that decides which library is fastest: sizes and dtype, ``E4M3`` where operands are quantised."""
 
     batch: int
     queries: int
@@ -211,7 +215,25 @@ def _triton_version() -> str:
     return f"triton {importlib.metadata.version('triton')}, helios-hal {importlib.metadata.version('helios-hal')}"
 
 
-TRITON = Library("triton", lambda form, device: None, _triton, _triton_version, aligned=False)
+def _any_float(form: Form, device: Device) -> str | None:
+    return f"it is not for {name_of(form.dtype)}" if form.dtype == E4M3 else None
+
+
+def _quantised_there(form: Form, device: Device) -> str | None:
+    if form.dtype != E4M3:
+        return f"it rounds to e4m3, and {name_of(form.dtype)} is asked for"
+    return None if device.capability >= (8, 9) else f"only GPUs from sm_89 on multiply e4m3 numbers, this is {device}"
+
+
+def _quantised(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    from helios_cuda.kernels.scaled_attention import quantized  # here: importing the kernels needs Triton
+
+    return quantized(q, k, v, scale=scale)
+
+
+TRITON = Library("triton", _any_float, _triton, _triton_version, aligned=False)
+QUANTISED = Library("triton e4m3", _quantised_there, _quantised, _triton_version, aligned=False)
+"""Attention that quantises its operands. It is no choice for any other op."""
 
 LIBRARIES: Sequence[Library] = (
     Library(

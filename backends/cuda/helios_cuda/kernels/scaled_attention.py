@@ -47,7 +47,7 @@ from helios_cuda.kernels.numerics import INTERPRETED, LARGEST, dot, e4m3, rounde
 from helios_cuda.kernels.rows import as_bytes
 from helios_cuda.launch import Tile, Tiled
 
-__all__ = ["KERNELS", "NARROW", "WIDE"]
+__all__ = ["KERNELS", "NARROW", "WIDE", "quantized", "scaled"]
 
 
 @triton.jit
@@ -199,7 +199,7 @@ def _gains(width: int, scale: float | None) -> tuple[float, float]:
     return abs(factor), math.copysign(1.0, factor)
 
 
-def _scaled(
+def scaled(
     q: Tensor,
     q_scale: Tensor,
     k: Tensor,
@@ -207,18 +207,27 @@ def _scaled(
     v: Tensor,
     v_scale: Tensor,
     *,
-    scale: float | None,
-    dtype: torch.dtype | None,
+    scale: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """The op ``scaled_attention``. Operands may have any strides; the result is contiguous.
+
+    Args:
+        q, k, v: float8_e4m3fn ``[b, s, h, d]`` and ``[b, t, h, d]``, ``t`` at least 1.
+        q_scale, k_scale, v_scale: float32 ``[b, s, h, 1]`` and ``[b, t, h, 1]``.
+        scale: of the scores; ``None`` for ``d^-½``.
+        dtype: of the result; ``None`` for float32.
+    """
     width, (of_q, of_k) = q.shape[-1], _gains(q.shape[-1], scale)
     operands = laid(q, q_scale, gain=of_q), laid(k, k_scale, gain=of_k), laid(v, v_scale, turned=True)
     return _attend(*operands, q.shape[1], k.shape[1], width, dtype or q_scale.dtype)
 
 
-def _quantized(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
+def quantized(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """The op ``quantized_attention``: as ``scaled`` of operands in bfloat16, float16 or float32, and in their dtype."""
     width, (of_q, of_k) = q.shape[-1], _gains(q.shape[-1], scale)
     operands = laid(q, gain=of_q), laid(k, gain=of_k), laid(v, turned=True)
     return _attend(*operands, q.shape[1], k.shape[1], width, q.dtype)
 
 
-KERNELS = {"quantized_attention": Kernel(_quantized), "scaled_attention": Kernel(_scaled)}
+KERNELS = {"quantized_attention": Kernel(quantized), "scaled_attention": Kernel(scaled)}
