@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helios.backend import select
-from helios_conformance import execute, references, suite
+from helios_conformance import execute, references, scope, suite
 from helios_conformance.case import Case
 from helios_conformance.draws import Root
 from helios_conformance.session import Session
@@ -14,6 +14,15 @@ from helios_cuda.kernels import KERNELS
 CHECKS = ("op_values", "op_specials", "op_misfed")
 SLOW = ("long", "long_keys")
 """Samples of more than 8,192 tokens: a Python call per program makes minutes of them."""
+
+
+def scopes(name: str) -> list[str]:
+    """Plain precisions, or the first of those that quantise: in the others the cases are the same."""
+    quantised = [precision for precision in scope.QUANTISED if name in scope.ops(precision)]
+    return quantised[:1] or ["bf16", "fp32"]
+
+
+EACH = pytest.mark.parametrize(("name", "precision"), [(n, p) for n in sorted(KERNELS) for p in scopes(n)])
 
 
 def cases(name: str, precision: str) -> list[Case]:
@@ -33,14 +42,12 @@ def judge(name: str, precision: str, *, long: bool) -> None:
     assert verdicts or long
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", sorted(KERNELS))
+@EACH
 def test_kernels_pass_the_suite(name: str, precision: str) -> None:
     judge(name, precision, long=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", sorted(KERNELS))
+@EACH
 def test_kernels_pass_beyond_8192_tokens(name: str, precision: str) -> None:
     judge(name, precision, long=True)
