@@ -161,6 +161,8 @@ def test_real_shapes_are_those_of_the_model() -> None:
 
 def test_every_call_is_valid_at_its_real_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device: shapes, strides and dtypes are checked, and no memory is needed."""
+    from helios_cuda.launch import recording
+
     rigs, timing = script("rig"), script("timing")
 
     class Meta(rigs.Rig):  # type: ignore[name-defined, misc]
@@ -180,7 +182,7 @@ def test_every_call_is_valid_at_its_real_shape(monkeypatch: pytest.MonkeyPatch) 
     rig = Meta(torch.device("meta"), False, "NVIDIA H200", 60 * 2**20)
     need_device = ("facts/", "sustained/", "bus/", "launch/", "attention/FA")
     taken = 0
-    with torch.inference_mode():
+    with torch.inference_mode(), recording() as launches:
         for item in real_items(rig):
             if not item.id.startswith(need_device):
                 record = item.run()
@@ -188,6 +190,7 @@ def test_every_call_is_valid_at_its_real_shape(monkeypatch: pytest.MonkeyPatch) 
                 assert record.get("flops", 0) > 0 or record["bytes"] > 0, item.id
                 assert "data sheet" in record["share_of_peak_note"] or item.fields["dtype"] == "float32", item.id
     assert taken > 250
+    assert {launch.kernel.name for launch in launches} == {"scaled_linear"}
 
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1)])

@@ -138,7 +138,8 @@ def _totals(records: list[Record]) -> Iterator[str]:
         attention = totals.totals(groups["attention"], stage, sixteen)
         chunk += [plain["ms"], attention["ms"]]
         yield _line(f"{stage}, products bf16", plain)
-        yield _line(f"{stage}, products fp8 by rows", totals.totals(groups["gemm"], stage, ["fp8 rows, fast sum"]))
+        rows = totals.totals(groups["gemm"], stage, ["fp8 rows, full sum", "fp8 rows, Triton"])
+        yield _line(f"{stage}, products fp8 by rows, fastest", rows)
         yield _line(f"{stage}, attention bf16, fastest", attention)
     for column in dict.fromkeys(r["column"] for r in groups["vae"]):
         yield _line(f"VAE, {column}", totals.totals(groups["vae"], "vae", [column]))
