@@ -22,6 +22,7 @@ from helios.cli.options import (
     PrecisionOption,
     PyramidStageOption,
     SizeOption,
+    VaePrecisionOption,
     VariantOption,
     WidthOption,
     backend_options,
@@ -49,19 +50,21 @@ def bench(
     height: HeightOption = 384,
     width: WidthOption = 640,
     precision: PrecisionOption = None,
+    vae_precision: VaePrecisionOption = None,
     backend: BackendOption = None,
     backend_option: BackendOptionsOption = None,
     fallback: FallbackOption = None,
     repeat: Annotated[int, typer.Option(metavar="N", help="Timed runs of each step, after one to warm up.")] = 5,
     json: JsonOption = False,
 ) -> None:
-    """Time a forward with seeded random weights, by phase and by op.
+    """Time a forward with seeded random weights, by phase and by op; with --vae-precision decoding a chunk as well.
 
     The weights are random and no video is made: this is speed alone.
     """
     if repeat < 1:
         raise InputError(f"--repeat {repeat}: wanted at least 1", fix="--repeat 5")
     from helios.backend import select
+    from helios.model.vae_precision import choose_vae_precision
 
     chosen = select(backend, backend_options(backend_option))
     name = precision or chosen.precisions[0]
@@ -69,7 +72,10 @@ def bench(
     if name not in chosen.precisions:
         raise InputError(unknown_name(f"precision of backend {chosen.label!r}", name, chosen.precisions))
     stages = range(asked.stages) if pyramid_stage is None else [pyramid_stage]
+    decoding = None if vae_precision is None else choose_vae_precision(vae_precision, name, chosen)
     report = measure(asked, stages, chosen, fallback, repeat, quiet=json)
+    if decoding is not None:
+        _decode(report, asked, chosen, fallback, decoding)
     report = {"machine": machine(chosen, name), **report}
     output.print_json(report) if json else _print(report)
 
@@ -135,6 +141,27 @@ def measure(
         "phases": {name: _statistics(laps, flops[name]) for name, laps in timed.items()},
         "ops": slowest,
     }
+
+
+def _decode(report: dict[str, Any], asked: Any, backend: Backend, fallback: str | None, vae: str) -> None:
+    """Add decoding the latents of a chunk, in groups as a run would cut them."""
+    import torch
+
+    from helios.fit.costs import LATENT_FRAMES, vae_flops
+    from helios.model.random_weights import RandomWeights
+    from helios.model.shapes import vae_shapes
+    from helios.model.vae_precision import VAE_DTYPES
+    from helios.pipeline.codec import Codec
+
+    size, (height, width) = asked.size.vae, asked.latent
+    codec = Codec(size, RandomWeights(vae_shapes(size), seed=SEED), backend, VAE_DTYPES[vae], _fallback(fallback))
+    split = codec.choose(1, LATENT_FRAMES, asked.height, asked.width)
+    generator = torch.Generator().manual_seed(SEED)
+    latents = torch.randn(1, size.z_dim, LATENT_FRAMES, height, width, generator=generator).to(backend.device)
+    laps = [_timed(backend, lambda: codec.decode(latents, split))[0] for _ in range(report["repeat"] + 1)]
+    told = _statistics(laps[1:], vae_flops(asked))  # the first run loads the weights
+    report["phases"][f"decode {vae}"] = told | {"group": split.group}
+    report["fallback_nodes"] += sum(coverage.fallbacks for coverage in codec.coverage)
 
 
 def _fallback(asked: str | None) -> str:

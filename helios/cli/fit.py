@@ -13,12 +13,16 @@ from helios.cli.options import (
     JsonOption,
     SizeOption,
     StepsOption,
+    VaePrecisionOption,
     VariantOption,
     WidthOption,
     setting,
 )
+from helios.errors import BackendError
 
 if TYPE_CHECKING:
+    import torch
+
     from helios.fit.devices import Device
     from helios.fit.estimate import Fit, Speed, Work
     from helios.fit.host import Host
@@ -66,6 +70,7 @@ def fit(
     height: HeightOption = 384,
     width: WidthOption = 640,
     precision: Annotated[str, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.")] = "bf16",
+    vae_precision: VaePrecisionOption = None,
     steps: StepsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -78,23 +83,27 @@ def fit(
     row = devices.find(device) if device is not None else None  # a wrong name should not wait for torch
     from helios.fit.estimate import count_work, fit_memory, parse_steps, predict, repository
     from helios.fit.host import read_host
+    from helios.model.vae_precision import vae_name
 
     asked = setting(size, variant, height, width, precision)
     taken = parse_steps(steps, asked.variant)
     host = read_host()
     target = from_table(row, precision) if row is not None else this_machine(host, precision)
+    asked = dataclasses.replace(asked, decoding=decoding_of(target.backend, precision, vae_precision))
     work = count_work(asked)
     memory = fit_memory(work, target.memory, shared=target.shared)
     speed = predict(work, taken, peak=target.peak, bandwidth=target.bandwidth) if target.peak else None
     low = _with_low_memory(target, work, memory, taken)
     flags = suggested(target, work, memory if low is None else low.fit, taken, precision)
     flags += ["--memory", "low"] if flags and low is not None else []
+    flags += ["--vae-precision", vae_precision] if flags and vae_precision is not None else []
     download = repository(asked)
     if json:
         data = _data(target, work, memory, speed, taken, host, dataclasses.asdict(download), flags)
         output.print_json(data | {"memory_low": None if low is None else _low_data(low)})
         return
-    output.line(f"Helios {size}, {variant}, {height}×{width}, {precision}, steps {','.join(map(str, taken))}")
+    arithmetic = f"{precision}, VAE in {vae_name(asked.decoding)}"
+    output.line(f"Helios {size}, {variant}, {height}×{width}, {arithmetic}, steps {','.join(map(str, taken))}")
     output.line(f"on {target.title} ({_figures(target)}; {target.source})")
     _print_memory(target, memory)
     if low is not None:
@@ -103,6 +112,18 @@ def fit(
     _print_download(size, download, host)
     _print_speed(target, speed, memory, taken, work, precision)
     _print_flags(flags, memory, target)
+
+
+def decoding_of(spec: str, precision: str, asked: str | None) -> torch.dtype:
+    """In what a backend's VAE decodes; of one that is not installed here nothing is known, and it is as published."""
+    from helios import backend as backends
+    from helios.model.vae_precision import VAE_DTYPES, choose_vae_precision
+
+    try:
+        cls = backends.load(backends.parse_spec(spec)[0])
+    except BackendError:
+        cls = backends.ReferenceBackend
+    return VAE_DTYPES[choose_vae_precision(asked, precision, cls)]
 
 
 def _with_low_memory(target: Target, work: Work, memory: Fit, steps: tuple[int, ...]) -> Low | None:
@@ -239,7 +260,7 @@ def _print_download(size: str, download: Any, host: Host) -> None:
 def _print_speed(
     target: Target, speed: Speed | None, memory: Fit, steps: tuple[int, ...], work: Work, precision: str
 ) -> None:
-    from helios.fit.estimate import SHARES, VAE_SHARES
+    from helios.fit.estimate import SHARES, vae_shares
 
     output.heading("Speed: a prediction, not a measurement")
     if speed is None:
@@ -258,9 +279,10 @@ def _print_speed(
     if speed.first_chunk != (speed.denoise[0] + speed.vae[0], speed.denoise[1] + speed.vae[1]):
         slow, fast = map(output.seconds, speed.first_chunk)
         output.line(f"The first chunk takes twice the steps: {fast} to {slow}.")
+    shares = vae_shares(work.setting)
     output.note(
-        f"Assumed: {SHARES[0]:.0%} to {SHARES[1]:.0%} of the peak in the transformer, {VAE_SHARES[0]:.0%} to "
-        f"{VAE_SHARES[1]:.0%} in the VAE; text and video encoding left out."
+        f"Assumed: {SHARES[0]:.0%} to {SHARES[1]:.0%} of the peak in the transformer, {shares[0]:.0%} to "
+        f"{shares[1]:.0%} in the VAE; text and video encoding left out."
     )
     for known in _published(target, work, steps):
         output.line(f"Published for this device and these steps: {known.fps:g} frames a second ({known.source}).")
@@ -304,6 +326,7 @@ def _data(
     flags: list[str],
 ) -> dict[str, Any]:
     from helios.fit.estimate import MOMENTS
+    from helios.model.vae_precision import vae_name
 
     asked = work.setting
     counts = {f.name: getattr(work, f.name) for f in dataclasses.fields(work) if f.name != "setting"}
@@ -313,6 +336,7 @@ def _data(
         "variant": asked.variant.name,
         "height": asked.height,
         "width": asked.width,
+        "vae_precision": vae_name(asked.decoding),
         "steps": steps,
         "target": {f.name: getattr(target, f.name) for f in dataclasses.fields(target) if f.name != "device"},
         "fits": memory.fits,

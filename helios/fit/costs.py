@@ -53,6 +53,7 @@ class Setting:
         batch: videos that run together.
         text_tokens: length of a prompt's embedding.
         precision: of the transformer.
+        decoding: dtype of the VAE's decoder.
 
     Raises:
         InputError: the pixels do not divide as the variant needs; names the nearest that do.
@@ -65,6 +66,7 @@ class Setting:
     batch: int = 1
     text_tokens: int = 512
     precision: Precision = PRECISIONS["bf16"]
+    decoding: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         for name in ("batch", "text_tokens"):

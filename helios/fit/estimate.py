@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import torch
-
 from helios.backend import ReferenceBackend
 from helios.errors import InputError
 from helios.fit.costs import (
@@ -41,14 +39,15 @@ __all__ = [
     "predict",
     "repository",
     "text_parameters",
+    "vae_shares",
 ]
 
 SHARES = (0.40, 0.70)
 """Of a device's dense peak that whole denoising runs reach; the published Base run on an H100 is at 59 %."""
-VAE_SHARES = (0.10, 0.18)
-"""The same for the VAE's convolutions in float32; a published decode of 1253 ms on an A100 is at 18 %."""
-VAE_DTYPE = torch.float32
-"""The VAE computes in it whatever the precision, as published."""
+VAE_SHARES = {4: (0.10, 0.18), 2: (0.36, 0.50)}
+"""The same for the VAE's convolutions, by the bytes of a number. A published decode in float32 of 1253 ms on an A100 is
+at 18 % of the peak in 16 bits. Of decoding in 16 bits nothing is published or measured here: an H200 is predicted to
+take 141 to 195 ms a chunk (docs/performance.md), which is 36 % to 50 %."""
 VAE_ROOM = 0.5
 """Of the memory that is left, what the VAE's activations may take before it is cut into groups."""
 HOST_BASE = 1_500_000_000
@@ -127,7 +126,7 @@ def count_work(setting: Setting) -> Work:
         prompt=phases["prompt"].held,
         chunk=phases["chunk"].held,
         activations=max(activation_bytes(graph) for graph in plan.steps.values()),
-        vae_weights=_count(vae_shapes(setting.size.vae)) * VAE_DTYPE.itemsize,
+        vae_weights=_count(vae_shapes(setting.size.vae)) * setting.decoding.itemsize,
         text_weights=text_parameters(text) * width,
         largest_weight=max(*weights.values(), text.vocab_size * text.d_model * width),
         frames=setting.batch * frames * setting.height * setting.width * 3,
@@ -280,7 +279,7 @@ def _vae_split(setting: Setting, room: int) -> Split | None:
             latents=LATENT_FRAMES,
             height=setting.height,
             width=setting.width,
-            dtype=VAE_DTYPE,
+            dtype=setting.decoding,
             budget_bytes=room,
             batch=setting.batch,
         )
@@ -300,7 +299,7 @@ def _vae_peak(work: Work, split: Split | None) -> int:
         latents=min(split.group, LATENT_FRAMES),
         height=height,
         width=width,
-        dtype=VAE_DTYPE,
+        dtype=setting.decoding,
         batch=setting.batch,
         first=whole,
         caches=not whole,
@@ -327,6 +326,11 @@ class Speed:
     first_chunk: tuple[float, float]
 
 
+def vae_shares(setting: Setting) -> tuple[float, float]:
+    """Shares of the peak at which the VAE is predicted to decode, slow and fast; wider than float32 as float32."""
+    return VAE_SHARES[min(setting.decoding.itemsize, max(VAE_SHARES))]
+
+
 def predict(work: Work, steps: tuple[int, ...], *, peak: float, bandwidth: float) -> Speed:
     """The roofline: each forward takes its FLOPs at a share of the peak, but at least one reading of the weights.
 
@@ -347,7 +351,8 @@ def predict(work: Work, steps: tuple[int, ...], *, peak: float, bandwidth: float
         return work.chunk_flops / rate + branches * sum(forwards)
 
     denoise = (seconds(SHARES[0]), seconds(SHARES[1]))
-    vae = (work.vae_flops / (peak * VAE_SHARES[0]), work.vae_flops / (peak * VAE_SHARES[1]))
+    slow, fast = vae_shares(work.setting)
+    vae = (work.vae_flops / (peak * slow), work.vae_flops / (peak * fast))
     frames = work.setting.batch * frames_of(work.setting.size.vae, LATENT_FRAMES)
     first = 2 if variant.amplify_first_chunk else 1
     return Speed(

@@ -11,6 +11,7 @@ import torch
 from helios.backend import Kernel, ReferenceBackend
 from helios.cli import bench, main
 from helios.kernel_program import KernelProgram
+from helios.precision import PRECISIONS
 from helios.program import Program
 
 TINY = ["bench", "--size", "tiny", "--height", "64", "--width", "64", "--repeat", "2", "--backend", "reference"]
@@ -110,7 +111,7 @@ def test_a_program_that_runs_as_a_whole_tells_no_op(
     ("arguments", "said"),
     [
         (["--repeat", "0"], "wanted at least 1"),
-        (["--precision", "fp8"], "unknown precision 'fp8'"),
+        (["--precision", "fp7"], "unknown precision 'fp7'"),
         (["--pyramid-stage", "9"], "no pyramid stage 9"),
         (["--fallback", "cpu"], "unknown fallback 'cpu'"),
     ],
@@ -133,3 +134,12 @@ def test_percentiles_are_nearest_rank() -> None:
     found = bench._statistics(laps, 10)
     assert (found["p50"], found["p99"]) == (100.5, 198.0)
     assert bench._statistics([3.0, 1.0], 1)["p99"] == 3.0
+
+
+def test_decoding_is_timed_where_its_arithmetic_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    data = loaded(capsys, "--pyramid-stage", "0", "--vae-precision", "bf16")
+    decode = data["phases"]["decode bf16"]
+    assert (decode["runs"], decode["group"]) == (2, 9)
+    assert decode["flop_per_second"] == pytest.approx(decode["flops"] / decode["p50"])
+    assert main([*TINY, "--vae-precision", "bf8"]) == 2
+    assert "unknown VAE precision of backend 'reference' 'bf8'" in capsys.readouterr().err

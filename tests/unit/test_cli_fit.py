@@ -70,6 +70,21 @@ def test_the_suggested_command_exists(capsys: pytest.CaptureFixture[str]) -> Non
     assert loaded(capsys, "--device", "h100", "--size", "mini")["flags"][:2] == ["--size", "mini"]
 
 
+def test_the_vae_is_counted_in_what_it_decodes_in(capsys: pytest.CaptureFixture[str]) -> None:
+    """By itself in what the device's backend declares; of a backend that is not installed, as published."""
+    assert ", bf16, VAE in bf16, steps" in printed(capsys, "--device", "h200")
+    half = loaded(capsys, "--device", "h200")
+    single = loaded(capsys, "--device", "h200", "--vae-precision", "fp32")
+    assert (half["vae_precision"], single["vae_precision"]) == ("bf16", "fp32")
+    assert single["work"]["vae_weights"] == 2 * half["work"]["vae_weights"]
+    assert single["speed"]["vae"][1] > 2 * half["speed"]["vae"][1]
+    assert "--vae-precision" not in half["flags"]
+    assert single["flags"][-2:] == ["--vae-precision", "fp32"]
+    assert loaded(capsys, "--device", "ascend-910b")["vae_precision"] == "fp32"
+    assert main(["fit", "--device", "h200", "--vae-precision", "fb16"]) == 2
+    assert "did you mean 'fp16'" in capsys.readouterr().err
+
+
 def test_json_holds_everything(capsys: pytest.CaptureFixture[str]) -> None:
     data = loaded(capsys, "--device", "h200", "--variant", "base", "--steps", "30")
     assert data["label"] == "prediction"

@@ -23,6 +23,7 @@ from helios.fit.estimate import (
     predict,
     repository,
     text_parameters,
+    vae_shares,
 )
 from helios.fit.host import Limits, cgroup_limits, hub_cache, read_host
 from helios.fit.measure import matrix_rate
@@ -334,3 +335,19 @@ def test_the_hub_s_cache_follows_its_variables(tmp_path: Path, monkeypatch: pyte
 
 def test_the_matrix_rate_is_a_rate() -> None:
     assert 1e8 < matrix_rate(torch.float32, budget=0.02) < 1e15
+
+
+# --- the VAE's arithmetic ---
+
+
+def test_a_vae_in_16_bits_is_half_as_large_and_faster() -> None:
+    wide, narrow = (
+        count_work(dataclasses.replace(setting("mini"), decoding=dtype)) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert wide.vae_weights == 2 * narrow.vae_weights
+    assert wide.vae_flops == narrow.vae_flops
+    memory = [fit_memory(work, 16 * GB).parts[-1] for work in (wide, narrow)]
+    assert memory[1].decode < memory[0].decode
+    speed = [predict(work, (1, 1, 1), peak=1e15, bandwidth=4e12).vae for work in (wide, narrow)]
+    assert speed[1][0] < speed[0][0] / 3
+    assert vae_shares(narrow.setting) == (0.36, 0.50)
