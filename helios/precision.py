@@ -62,7 +62,7 @@ _ALL = (
     Precision("fp16", torch.float16),
     Precision("fp8", torch.bfloat16, "e4m3", kept=1),
     Precision("fp8-attention", torch.bfloat16, "e4m3", attention=True, kept=1),
-    Precision("fp8-weights", torch.bfloat16, "weights"),
+    Precision("fp8-weights", torch.bfloat16, "weights", kept=1),
 )
 
 PRECISIONS: Mapping[str, Precision] = {p.name: p for p in _ALL}
