@@ -90,10 +90,9 @@ def main(words: list[str] | None = None) -> int:
     names = asked.precision or ["bf16", "fp16", "fp8-weights", "fp8", "fp8-attention"]
     scene = scene_of(asked.layers, asked.height, asked.width)
     out = sys.stdout.write
-    out(
-        f"{platform.machine()}, torch {torch.__version__}; {asked.layers} blocks, latents {asked.height}×{asked.width}, "
-    )
-    out(f"{asked.seeds} draws; error, 1 − cosine, PSNR of the worst\n\n")
+    size = f"{asked.layers} blocks, latents {asked.height}×{asked.width}"
+    out(f"{platform.machine()}, torch {torch.__version__}; {size}, {asked.seeds} draws; ")
+    out("‖y − o‖ / ‖o‖, 1 − cosine, PSNR: of the worst draw\n\n")
     out("\n".join(table(scene, names, asked.seeds)) + "\n")
     return 0
 
