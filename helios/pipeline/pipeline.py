@@ -13,6 +13,7 @@ continues a run, or branches off from it with another prompt.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from helios import backend as backends
 from helios.backend import PRECISIONS, Backend
 from helios.errors import InputError, unknown_name
 from helios.graph import Rate
-from helios.model.room import RESERVE, encodes_first
+from helios.model.room import RESERVE, encodes_first, keeps_encoder
 from helios.model.text import Encoded, text_bytes
 from helios.model.vae_precision import VAE_DTYPES, choose_vae_precision, vae_name
 from helios.pipeline import condition
@@ -104,7 +105,6 @@ class Pipeline:
         self._vae_asked = vae_precision is not None
         self.codec = Codec(model.vae, model.vae_weights, backend, VAE_DTYPES[self.vae_precision], fallback)
         self._denoiser: Denoiser | None = None
-        self._apart: bool | None = None
         self._encoded: dict[tuple[str, int], Encoded] = {}
 
     @property
@@ -272,12 +272,19 @@ class Pipeline:
         Then what a request says is encoded first, and the transformer loaded when the encoder is gone; for new prompts
         it steps aside, or is loaded again where its program cannot. The same bits come of it.
         """
-        if self._apart is None:
-            shapes = (info.shape for info in self.model.transformer_weights.tensors.values())
-            needed = sum(map(math.prod, shapes)) * self.dtype.itemsize
-            usable = int(free_memory(self.backend) * (1 - RESERVE))
-            self._apart = encodes_first(needed, text_bytes(self.text), usable)
-        return self._apart
+        return encodes_first(*self._room)
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether the text encoder stays after a prompt, for the next one: there was plenty of room for both."""
+        return keeps_encoder(*self._room)
+
+    @functools.cached_property
+    def _room(self) -> tuple[int, int, int]:
+        """Bytes of the transformer, of the text encoder, and those that were free for them at the first request."""
+        shapes = (info.shape for info in self.model.transformer_weights.tensors.values())
+        needed = sum(map(math.prod, shapes)) * self.dtype.itemsize
+        return needed, text_bytes(self.text), int(free_memory(self.backend) * (1 - RESERVE))
 
     def _encode_first(self, request: Request, state: RunState | None) -> None:
         if not self.apart:
@@ -296,8 +303,9 @@ class Pipeline:
         self._encoded = known
 
     def release(self) -> None:
-        """Free the transformer's program and its weights; the next request loads them anew."""
+        """Free the transformer's program and its weights, and the text encoder; the next request loads them anew."""
         self._denoiser = None
+        self.text.release()
 
     def _chunks(self, request: Request, state: RunState | None, progress: OnProgress | None) -> Iterator[Chunk]:
         plan = self.plan(request, state)
@@ -307,6 +315,7 @@ class Pipeline:
             denoiser=self.denoiser(request),
             codec=self.codec,
             text=self.text,
+            keeps_text=self.keeps_text,
             encoded=self._encoded,
             transformer=self.model.transformer,
             scheduler=self.model.scheduler,
@@ -318,7 +327,8 @@ class Pipeline:
         try:
             yield from run.chunks(state)
         finally:
-            self.text.release()
+            if not self.keeps_text:
+                self.text.release()
 
     def _result(self, request: Request, chunks: list[Chunk]) -> Result:
         frames = torch.cat([chunk.frames for chunk in chunks], dim=1)

@@ -124,6 +124,7 @@ class Run:
         split, decoding: how frames are decoded, and in which dtype.
         plan: of the execution, kept in each state.
         progress: told after each step.
+        keeps_text: the text encoder stays when the prompts are encoded.
         encoded: texts that need no encoder any more, with their number of tokens.
     """
 
@@ -140,12 +141,14 @@ class Run:
         decoding: torch.dtype,
         plan: Mapping[str, Any],
         progress: Callable[[Progress], None] | None = None,
+        keeps_text: bool = False,
         encoded: Mapping[tuple[str, int], Encoded] = MappingProxyType({}),
     ) -> None:
         self.request, self.denoiser, self.codec, self.text = request, denoiser, codec, text
         self.transformer, self.scheduler = transformer, scheduler
         self.split, self.decoding = split, decoding
-        self.plan, self.progress, self.encoded = plan, progress, encoded
+        self.plan, self.progress = plan, progress
+        self.keeps_text, self.encoded = keeps_text, encoded
         self._noise = AheadNoise(request.seed) if request.rng == "helios" else None
         self._embeddings: dict[str, Tensor] = {}
         self._negative: Context | None = None
@@ -266,7 +269,8 @@ class Run:
         if request.guided and self._negative is None:
             embeds = request.negative_embeds
             self._negative = self._bind(self._embeds(request.negatives) if embeds is None else embeds)
-        if request.script is None or request.script.ask is None or self.encoded:
+        more = request.script is not None and request.script.ask is not None and not self.encoded
+        if not (self.keeps_text or more):
             self.text.release()
         return Guidance(self._prompt[1], self._negative, request.guidance, request.zero_init, request.zero_steps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import helios
 from helios.errors import CheckpointError, InputError
 from helios.model import text as text_module
+from helios.model.room import KEPT
 from helios.model.text import NoText, StandInText, Umt5Text, clean_prompt
 
 
@@ -82,11 +84,21 @@ def test_released_memory_comes_back_and_known_texts_need_none(folder: Path, monk
     assert len(encoder._known) == 1
 
 
-def test_a_run_releases_the_encoder(folder: Path) -> None:
+@pytest.mark.parametrize("plenty", [False, True])
+def test_a_run_releases_the_encoder_unless_there_is_plenty_of_room(plenty: bool, folder: Path) -> None:
     pipeline = helios.load(folder, backend="reference")
+    *both, free = pipeline._room
+    assert sum(both) < KEPT * free  # where a test runs, there is
+    room = math.ceil(sum(both) / KEPT) - (not plenty)
+    pipeline.__dict__["_room"] = (*both, room)
     settings: Any = {"height": 64, "width": 64, "steps": 1, "max_sequence_length": 8}
-    next(iter(pipeline.stream("a cat", chunks=2, **settings)))
+    stream = pipeline.stream("a cat", chunks=2, **settings)
+    next(stream)
     assert isinstance(pipeline.text, Umt5Text)
+    assert held(pipeline.text) is plenty
+    assert len(list(stream)) == 1
+    assert held(pipeline.text) is plenty
+    pipeline.release()
     assert not held(pipeline.text)
 
 
