@@ -35,7 +35,7 @@ from torch import Tensor
 from helios import op
 from helios.backend import Kernel
 from helios_cuda.kernels.numerics import rounded, widened
-from helios_cuda.kernels.rows import as_bytes, converts, quantised_like, store_rows
+from helios_cuda.kernels.rows import as_bytes, converts, quantised, quantised_like
 from helios_cuda.launch import Tile, name_of, rows_apart, tiled
 
 __all__ = ["KERNELS", "quantize_rows"]
@@ -79,11 +79,14 @@ def _quantize(
     ROWS: tl.constexpr = ELEMENTS // WIDTH if ELEMENTS > WIDTH else 1
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
+    inside = (column < width) & (row < rows)
     begins = (row // inner).to(tl.int64) * outer_step + (row % inner).to(tl.int64) * inner_step
-    wide = tl.load(x + begins + column, (column < width) & (row < rows), 0.0).to(tl.float32)
+    wide = tl.load(x + begins + column, inside, 0.0).to(tl.float32)
     if GELU:
         wide = _gelu(wide)
-    store_rows(out, scales, row.to(tl.int64), rows, column, wide, width, CONVERTS)
+    numbers, scale = quantised(wide, CONVERTS)
+    tl.store(out + row.to(tl.int64) * width + column, numbers, inside)
+    tl.store(scales + row, scale, row < rows)
 
 
 @tiled(
