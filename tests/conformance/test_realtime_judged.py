@@ -152,6 +152,8 @@ def test_ceilings_stand_on_the_shapes_of_the_published_size() -> None:
     assert ("attention", "1×11040×40×128 bfloat16") in named
     assert {s.what for s in found} == set(ceilings.KINDS)
     assert {s.dtype for s in found if s.what == "conv3d"} == {"float32"}
+    half = ceilings.shapes(Options(), "distilled", "bf16", torch.bfloat16)
+    assert {s.dtype for s in half if s.what == "conv3d"} == {"bfloat16"}
     assert all(s.moved >= 128 << 20 for s in found if s.what == "copy")
     assert all(s.moved <= ceilings.LARGEST for s in found)
 

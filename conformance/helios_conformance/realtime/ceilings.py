@@ -26,13 +26,14 @@ from helios.errors import HeliosError
 from helios.fit.costs import LATENT_FRAMES, Setting, stage_graphs
 from helios.graph import Graph, TensorType, Value
 from helios.model.vae import decode_graph
+from helios.model.vae_precision import VAE_DTYPES, choose_vae_precision
 from helios_conformance import draws
 from helios_conformance.one_node import OneNode
 from helios_conformance.realtime.golden import setting_of
 from helios_conformance.realtime.options import Options
 from helios_conformance.session import Session
 
-__all__ = ["KINDS", "VAE_DTYPE", "Shape", "decoder", "kind_of", "measure", "shapes", "sustained"]
+__all__ = ["KINDS", "Shape", "decoder", "kind_of", "measure", "shapes", "sustained"]
 
 KINDS = ("linear", "attention", "conv3d", "copy")
 
@@ -41,9 +42,6 @@ _MOST = {"linear": 3, "attention": 2, "conv3d": 4}
 
 LARGEST = 4 << 30
 """Bytes of operands and result beyond which a shape is left out."""
-
-VAE_DTYPE = torch.float32
-"""The VAE computes in it whatever the precision."""
 
 
 def kind_of(name: str) -> str | None:
@@ -87,9 +85,12 @@ class Shape:
         return str(first.dtype).removeprefix("torch.")
 
 
-def shapes(options: Options, variant: str, precision: str) -> list[Shape]:
-    """The shapes of the size under test that have the most FLOPs, and a copy of its widest activation."""
-    setting = setting_of(options, variant, precision)
+def shapes(options: Options, variant: str, precision: str, decoding: torch.dtype = torch.float32) -> list[Shape]:
+    """The shapes of the size under test that have the most FLOPs, and a copy of its widest activation.
+
+    ``decoding``: of the VAE, whose convolutions bound what a run in that dtype may claim.
+    """
+    setting = dataclasses.replace(setting_of(options, variant, precision), decoding=decoding)
     found: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
     # Decoders are cut into groups of latents, as memory allows: the least group and the whole are both measured.
     for graph in (*stage_graphs(setting).values(), decoder(setting, 1), decoder(setting)):
@@ -122,7 +123,7 @@ def decoder(setting: Setting, latents: int = LATENT_FRAMES) -> Graph:
         latents=latents,
         height=setting.height,
         width=setting.width,
-        dtype=VAE_DTYPE,
+        dtype=setting.decoding,
         first=whole,
         caches=not whole,
     )
@@ -144,8 +145,9 @@ def measure(session: Session, precision: str, variant: str) -> list[dict[str, An
     ``seconds`` and ``windows`` of work, and ``source``. A way that is closed has ``rate`` None and ``why``.
     """
     options = Options.of(session.options)
+    decoding = VAE_DTYPES[choose_vae_precision(None, precision, session.backend)]
     rows = []
-    for shape in shapes(options, variant, precision):
+    for shape in shapes(options, variant, precision, decoding):
         tensors = [None if t is None else _random(session, shape, i, t) for i, t in enumerate(shape.types)]
         for source, make in (
             (f"torch on {session.backend.device}", _through_torch),

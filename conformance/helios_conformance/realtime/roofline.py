@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from helios import op
@@ -16,10 +17,10 @@ from helios.fit.costs import LATENT_FRAMES, op_costs, stage_graphs
 from helios.graph import Graph, Rate
 from helios.lower import plan_for
 from helios.model.vae_run import VaeRunner, decode_graphs
-from helios.pipeline.codec import split_of
+from helios.pipeline.codec import decoding_of, split_of
 from helios.program import Context, Program
 from helios_conformance import draws
-from helios_conformance.realtime.ceilings import VAE_DTYPE, decoder, kind_of
+from helios_conformance.realtime.ceilings import decoder, kind_of
 from helios_conformance.realtime.golden import bind, contexts, draw, setting_of
 from helios_conformance.realtime.options import Options
 from helios_conformance.realtime.scene import Scene
@@ -29,7 +30,7 @@ __all__ = ["best", "chunk_flops", "least_seconds", "median", "profile", "rows"]
 
 
 def profile(
-    session: Session, scene: Scene, program: Program, graphs: Mapping[str, Graph], split: Mapping[str, int]
+    session: Session, scene: Scene, program: Program, graphs: Mapping[str, Graph], split: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """One profiled forward of each stage and one decoded chunk, as the backend runs them.
 
@@ -58,11 +59,12 @@ def _by_op(entry: str, laps: Sequence[tuple[Any, float]]) -> list[dict[str, Any]
     ]
 
 
-def _decoding(session: Session, scene: Scene, plan: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The decoder cut as the timed run cut it, in a program of its own."""
+def _decoding(session: Session, scene: Scene, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The decoder cut as the timed run cut it and in its arithmetic, in a program of its own."""
     o, model, split = scene.options, scene.pipeline.model, split_of(plan)
+    dtype = decoding_of(plan, scene.pipeline.precision)
     graphs = decode_graphs(
-        model.vae, batch=1, latents=LATENT_FRAMES, height=o.height, width=o.width, dtype=VAE_DTYPE, split=split
+        model.vae, batch=1, latents=LATENT_FRAMES, height=o.height, width=o.width, dtype=dtype, split=split
     )
     program = session.lower(graphs)
     program.load(model.vae_weights)
@@ -74,8 +76,8 @@ def _decoding(session: Session, scene: Scene, plan: Mapping[str, int]) -> list[d
 
     factor = model.vae.scale_factor_spatial
     shape = (1, model.vae.z_dim, LATENT_FRAMES, o.height // factor, o.width // factor)
-    latents = draws.normal(session.root.key("realtime latents"), shape, VAE_DTYPE).to(session.backend.device)
-    VaeRunner(model.vae, run, dtype=VAE_DTYPE, split=split).decode(latents)
+    latents = draws.normal(session.root.key("realtime latents"), shape, torch.float32).to(session.backend.device)
+    VaeRunner(model.vae, run, dtype=dtype, split=split).decode(latents)
     return _by_op("decode", laps)
 
 

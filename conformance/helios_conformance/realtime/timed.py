@@ -89,7 +89,7 @@ def _made_again(case: Case, session: Session, scene: Scene, reel: Reel, facts: d
     return outputs
 
 
-def _profile(case: Case, session: Session, scene: Scene, vae: Mapping[str, int]) -> list[dict[str, Any]]:
+def _profile(case: Case, session: Session, scene: Scene, vae: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of the timed program and of the decoder."""
     program = scene.pipeline.denoiser(scene.request("profile", 0, case.params["steps"])).program
     graphs = golden.graphs_of(scene.options, case.params["variant"], PRECISIONS[case.precision])
