@@ -63,7 +63,7 @@ def store_rows(out, scales, row, rows, column, wide, width: tl.constexpr, CONVER
     if scales is None:
         tl.store(out + row * width + column, rounded(wide, out.dtype.element_ty), inside)
     else:
-        # A norm leaves 0 there anyway. Where the compiler sees it, ``adaln_quantize`` takes 96 registers instead of 141.
+        # A norm leaves 0 there anyway; with it in sight of the compiler, ``adaln_quantize`` has 96 registers, not 141.
         numbers, scale = quantised(tl.where(inside, wide, 0.0), CONVERTS)
         tl.store(out + row * width + column, numbers, inside)
         tl.store(scales + row, scale, row < rows)
