@@ -12,8 +12,9 @@ import argparse
 import collections
 import dataclasses
 import functools
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -21,6 +22,7 @@ from kernel_report import plan_graphs
 
 from helios import op
 from helios.fit.costs import LATENT_FRAMES
+from helios.graph import Node, Rate
 from helios.model.presets import SIZES
 from helios.model.vae import frames_of
 from helios_cuda import CudaBackend, offline
@@ -31,7 +33,11 @@ Steps: TypeAlias = tuple[int, int, int]
 STAGES = 3
 FRAMES = frames_of(SIZES["14b"].vae, LATENT_FRAMES)
 """Of a chunk."""
-PRODUCTS = ("linear", "linear_gelu", "patch_embed", "qkv_linear")
+PRODUCTS = ("linear", "linear_gelu", "packed_linear", "patch_embed", "qkv_linear")
+E4M3_PRODUCTS = ("quantized_linear", "quantized_qkv_linear")
+ATTENTIONS = ("attention", "quantized_attention")
+QUANTISING = ("adaln_quantize", "dequantize_rows", "gelu_quantize", "quantize_rows")
+"""What a plan in bf16 has no kernel for; norms and residuals have one either way."""
 T = 1e12
 
 
@@ -44,6 +50,7 @@ class Rates:
         product, attention, convolution: FLOP.
         memory: bytes.
         gap: seconds between two kernels of a graph.
+        e4m3, e4m3_attention: how many times as fast products and attention of e4m3 numbers are.
     """
 
     name: str
@@ -52,22 +59,24 @@ class Rates:
     convolution: float
     memory: float
     gap: float = 0.0
+    e4m3: float = 2.0
+    e4m3_attention: float = 2.0
 
     def kind(self, name: str) -> float:
         """FLOP a second of an op that multiplies."""
         if name in PRODUCTS:
             return self.product
-        return self.attention if name == "attention" else self.convolution
+        if name in E4M3_PRODUCTS:
+            return self.product * self.e4m3
+        if name in ATTENTIONS:
+            return self.attention * (1.0 if name == "attention" else self.e4m3_attention)
+        return self.convolution
 
 
 FLOOR = Rates("floor", 790 * T, 650 * T, 790 * T, 4.3 * T)
-FAST = Rates("fast", 790 * T, 650 * T, 0.7 * 790 * T, 4.3 * T, 1e-6)
-SLOW = Rates("slow", 700 * T, 600 * T, 0.5 * 790 * T, 0.8 * 4.3 * T, 3e-6)
-FP8_PRODUCT = {"fast": 0.85, "slow": 0.75}
-"""Of twice the rate in bf16."""
-FP8_ATTENTION = 1.6
-BF16_BLOCKS = 2 / 40
-"""Part of the blocks that stays in bf16: the first and the last."""
+FAST = Rates("fast", 790 * T, 650 * T, 0.7 * 790 * T, 4.3 * T, 1e-6, 2 * 0.85, 1.6)
+SLOW = Rates("slow", 700 * T, 600 * T, 0.5 * 790 * T, 0.8 * 4.3 * T, 3e-6, 2 * 0.75, 1.6)
+QUANTISED = ("fp8", "fp8-attention", "fp8-weights")
 OVERLAP = 0.05
 """What decoding beside denoising gives at best: both saturate the tensor cores."""
 TARGETS: Mapping[tuple[str, Steps], int] = {
@@ -75,6 +84,8 @@ TARGETS: Mapping[tuple[str, Steps], int] = {
     ("bf16", (2, 2, 2)): 17,
     ("fp8", (1, 1, 1)): 36,
     ("fp8", (2, 2, 2)): 24,
+    ("fp8-attention", (1, 1, 1)): 36,
+    ("fp8-attention", (2, 2, 2)): 24,
 }
 """Frames a second that a steady run shall reach on one H200, decoding included."""
 
@@ -96,18 +107,43 @@ class Work:
 
 
 @functools.cache
-def counted() -> Mapping[str, tuple[Work, ...]]:
-    """The nodes of every graph of a chunk, by graph."""
+def counted(precision: str = "bf16") -> Mapping[str, tuple[Work, ...]]:
+    """The nodes of every graph of a chunk, by graph; the VAE's is the same in all precisions."""
     kernels = CudaBackend().kernels
     return {
-        name: tuple(Work(ran.node.op, op.cost(ran.node).flops, ran.moved) for ran in offline.replay(graph, kernels))
-        for name, graph in plan_graphs().items()
+        name: tuple(work for ran in offline.replay(graph, kernels) for work in launched(ran))
+        for name, graph in plan_graphs(precision).items()
     }
 
 
-def chunk(steps: Sequence[int]) -> Iterator[Work]:
+def launched(ran: offline.Ran) -> Iterator[Work]:
+    """What a node does, kernel by kernel where it needs more than one: weights as they are held, not as they came."""
+    node, flops, moved = ran.node, op.cost(ran.node).flops, ran.moved
+    if node.op in E4M3_PRODUCTS:
+        moved -= sum(2 * math.prod(shape) - _held(shape) for shape in _weights(node))
+    elif node.op == "packed_linear":
+        for shape in _weights(node):
+            yield Work("dequantize_rows", 0, _held(shape) + 2 * math.prod(shape))
+    elif node.op == "quantized_attention":
+        elements, rows = (sum(math.prod(v.shape[:n]) for v in node.values) for n in (4, 3))
+        yield Work("quantize_rows", 0, 3 * elements + 4 * rows)
+        moved -= elements - 4 * rows
+    yield Work(node.op, flops, moved)
+
+
+def _weights(node: Node) -> list[tuple[int, ...]]:
+    """The shapes of its matrices."""
+    return [v.shape for v in node.values if v.rate == Rate.WEIGHTS and len(v.shape) == 2]
+
+
+def _held(shape: Sequence[int]) -> int:
+    """Bytes of a quantised matrix: one an element, four a row."""
+    return math.prod(shape) + 4 * shape[0]
+
+
+def chunk(steps: Sequence[int], precision: str = "bf16") -> Iterator[Work]:
     """Everything of a chunk but its decoding, without guidance."""
-    graphs = counted()
+    graphs = counted(precision)
     yield from (*graphs["chunk"], *graphs["shrink"])
     for stage, count in enumerate(steps):
         yield from graphs.get(f"enter.{stage}", ())
@@ -120,22 +156,11 @@ def seconds(work: Iterable[Work], rates: Rates) -> float:
     return sum(one.seconds(rates) for one in work)
 
 
-def fp8_seconds(work: Iterable[Work], rates: Rates) -> float:
-    """The same in fp8, but the first and last block; what quantising moves is counted with its producer."""
-    faster = dataclasses.replace(
-        rates, product=2 * rates.product * FP8_PRODUCT[rates.name], attention=FP8_ATTENTION * rates.attention
-    )
-    return sum(
-        BF16_BLOCKS * one.seconds(rates) + (1 - BF16_BLOCKS) * one.seconds(faster) if one.flops else one.seconds(rates)
-        for one in work
-    )
-
-
 def predictions() -> Iterator[tuple[str, Steps, list[float], list[float]]]:
     """Precision, steps, and frames a second, slow and fast end: decoding afterwards, and beside the next chunk."""
     for precision, steps in TARGETS:
-        time: Callable[[Iterable[Work], Rates], float] = seconds if precision == "bf16" else fp8_seconds
-        apart = [FRAMES / (time(chunk(steps), r) + seconds(counted()["decode"], r)) for r in (SLOW, FAST)]
+        work = [*chunk(steps, precision), *counted()["decode"]]
+        apart = [FRAMES / seconds(work, rates) for rates in (SLOW, FAST)]
         yield precision, steps, apart, [apart[0], apart[1] * (1 + OVERLAP)]
 
 
@@ -146,6 +171,7 @@ def section() -> str:
         "steps": _ops([f"denoise.{i}" for i in range(STAGES)]),
         "decode": _decode(),
         "parts": _parts(),
+        "quantised": _quantised(),
         "passes": _passes(),
         "predictions": _predictions(),
         "share": _shares(),
@@ -154,10 +180,11 @@ def section() -> str:
 
 
 def _rates() -> Iterator[str]:
-    yield "| | products, TFLOP/s | attention | convolutions | memory, TB/s | between kernels |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "| | products, TFLOP/s | in e4m3 | attention | in e4m3 | convolutions | memory, TB/s | between kernels |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for r in (FLOOR, FAST, SLOW):
-        rates = (f"{x / T:.0f}" for x in (r.product, r.attention, r.convolution))
+        kinds = ("linear", "quantized_linear", "attention", "quantized_attention", "conv3d")
+        rates = (f"{r.kind(name) / T:.0f}" for name in kinds)
         yield f"| {r.name} | {' | '.join(rates)} | {r.memory / T:.2f} | {r.gap * 1e6:.0f} µs |"
 
 
@@ -233,9 +260,31 @@ def _parts() -> Iterator[str]:
             "decoding": list(counted()["decode"]),
         }
         for name, found in {**groups, "**all**": [*work, *counted()["decode"]]}.items():
-            _, flops, moved, floor = _sums(found)
-            row = f"| {list(steps)} {name} | {flops:.1f} | {moved:.1f} | {floor:.1f} |"
-            yield f"{row} {_range(found, 1e3, '.0f')} |"
+            yield _part_row(f"{list(steps)} {name}", found)
+
+
+def _part_row(name: str, found: Sequence[Work]) -> str:
+    _, flops, moved, floor = _sums(found)
+    return f"| {name} | {flops:.1f} | {moved:.1f} | {floor:.1f} | {_range(found, 1e3, '.0f')} |"
+
+
+def _quantised() -> Iterator[str]:
+    """A chunk at [1, 1, 1] in each precision that quantises."""
+    yield "| | TFLOP | GB | floor, ms | predicted, ms |"
+    yield "| --- | --- | --- | --- | --- |"
+    for precision in QUANTISED:
+        work = list(chunk((1, 1, 1), precision))
+        groups = {
+            "products in e4m3": E4M3_PRODUCTS,
+            "products in bf16": PRODUCTS,
+            "attention in e4m3": ("quantized_attention",),
+            "attention in bf16": ("attention",),
+            "quantising and widening": QUANTISING,
+        }
+        parts = {name: [x for x in work if x.op in ops] for name, ops in groups.items()}
+        parts["all else"] = [x for x in work if not any(x.op in ops for ops in groups.values())]
+        parts = {**parts, "**all**, decoding included": [*work, *counted()["decode"]]}
+        yield from (_part_row(f"{precision} {name}", found) for name, found in parts.items() if found)
 
 
 def _shares() -> Iterator[str]:
@@ -282,8 +331,7 @@ once, in the layouts that the kernels really leave. *Assumptions* for one H200:
 
 Products have been seen at 790 TFLOP/s on an H200. Published for attention with heads of 128 at 8k tokens on an H100:
 646 (FlashAttention 3) and 600 (cuDNN). Guesses: convolutions at 50 to 70 %% of 790; what lies between two kernels of a
-CUDA graph; fp8 products at 75 to 85 %% of twice the rate, fp8 attention 1.6 times as fast, the first and last of 40
-blocks in bf16.
+CUDA graph; products in e4m3 at 75 to 85 %% of twice the rate in bf16, attention in e4m3 1.6 times as fast.
 
 A step, by op; the last two columns are the floor of all steps of a chunk, in ms:
 
@@ -299,6 +347,12 @@ values (2.2 TFLOP, once a prompt) are not in it.
 %(parts)s
 
 %(share)s
+
+In the precisions that quantise, counted on their own plans: the first and the last block stay in bf16 (not in
+`fp8-weights`), a weight is read as it is held, and what a node does in two kernels counts as two. The forwards and the
+sampler at [1, 1, 1]; norms and residuals that also quantise are among all else.
+
+%(quantised)s
 
 ### Predicted for the CUDA backend
 
