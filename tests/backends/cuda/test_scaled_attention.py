@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helios.ops.quantize import quantize_rows, quantized_attention, scaled_attention
 from helios_cuda.kernels import scaled_attention as kernels
-from helios_cuda.kernels.attention_rows import BLOCK, Laid, laid, padded
+from helios_cuda.kernels.attention_rows import BLOCK, laid, padded
 from helios_cuda.kernels.scaled_attention import NARROW, quantized, scaled
 from helios_cuda.launch import Launch, recording
 from helios_cuda.tables import Tile, assumed
@@ -194,6 +194,7 @@ def test_rows_are_laid_with_heads_outside_and_zeros_behind(tokens: int, d: int) 
     made = laid(x, gain=0.5)
     room = math.ceil(tokens / BLOCK) * BLOCK
     assert (made.numbers.shape, made.scales.shape) == ((2, 3, room, padded(d)), (2, 3, room))
+    assert (made.tokens, made.width) == (tokens, d)
     assert torch.equal(made.numbers[:, :, :tokens, :d].float(), numbers.float().transpose(1, 2))
     assert torch.equal(made.scales[:, :, :tokens], 0.5 * sizes[..., 0].transpose(1, 2))
     assert not made.numbers[:, :, tokens:].view(torch.uint8).any()
@@ -262,7 +263,6 @@ def test_kernels_are_those_of_the_ops() -> None:
         "quantized_attention": quantized,
         "scaled_attention": scaled,
     }
-    assert Laid._fields == ("numbers", "scales")
 
 
 COMPILE = """

@@ -53,10 +53,13 @@ class Laid(NamedTuple):
     Attributes:
         numbers: float8_e4m3fn ``[b, h, tokens, channels]``, or ``[b, h, channels, tokens]`` of values; padded with 0.
         scales: float32 ``[b, h, tokens]``; 0 where there is no token.
+        tokens, width: of what was laid, without padding.
     """
 
     numbers: Tensor
     scales: Tensor
+    tokens: int
+    width: int
 
 
 def padded(width: int) -> int:
@@ -135,12 +138,13 @@ def laid(x: Tensor, scales: Tensor | None = None, *, turned: bool = False, gain:
     b, tokens, heads, d = x.shape
     room, width = triton.cdiv(tokens, BLOCK) * BLOCK, padded(d)
     shape = (b, heads, width, room) if turned else (b, heads, room, width)
-    out = Laid(x.new_empty(shape, dtype=torch.float8_e4m3fn), x.new_empty((b, heads, room), dtype=torch.float32))
+    numbers = x.new_empty(shape, dtype=torch.float8_e4m3fn)
+    out = Laid(numbers, x.new_empty((b, heads, room), dtype=torch.float32), tokens, d)
     kind = name_of(x.dtype)
     x = rows_apart(x)
     _laid.launch(
         lambda size: (b * (room // size["TOKENS"]) * heads,),
-        *(as_bytes(x) if x.dtype == torch.float8_e4m3fn else x, scales, as_bytes(out.numbers)),
+        *(as_bytes(x) if x.dtype == torch.float8_e4m3fn else x, scales, as_bytes(numbers)),
         *(out.scales, tokens, heads, room, d, *x.stride()[:3]),
         *((0, 0, 0) if scales is None else scales.stride()[:3]),
         gain,

@@ -47,7 +47,7 @@ from helios_cuda.kernels.numerics import INTERPRETED, LARGEST, dot, e4m3, rounde
 from helios_cuda.kernels.rows import as_bytes
 from helios_cuda.launch import Tile, Tiled
 
-__all__ = ["KERNELS", "NARROW", "WIDE", "quantized", "scaled"]
+__all__ = ["KERNELS", "NARROW", "WIDE", "attend", "operands", "quantized", "scaled"]
 
 
 @triton.jit
@@ -154,7 +154,7 @@ NARROW = Tiled(
     (
         Tile({"QUERIES": 128, "KEYS": 128}, warps=8, stages=3, shared=131),
         Tile({"QUERIES": 128, "KEYS": 64}, warps=8, stages=3),
-        Tile({"QUERIES": 128, "KEYS": 64}, warps=8, stages=4, shared=101),
+        Tile({"QUERIES": 128, "KEYS": 64}, warps=8, stages=4),
         Tile({"QUERIES": 128, "KEYS": 64}, warps=8, stages=2),
         Tile({"QUERIES": 128, "KEYS": 128}, warps=8, stages=2),
         Tile({"QUERIES": 64, "KEYS": 128}, warps=4, stages=3, shared=115),
@@ -177,26 +177,29 @@ WIDE = Tiled(
 """For head sizes above 128, sized for 256: a few that no published model quantises."""
 
 
-def _attend(q: Laid, k: Laid, v: Laid, queries: int, keys: int, width: int, out_dtype: torch.dtype) -> Tensor:
-    """Attention of operands that are laid for it, ``[b, queries, heads, width]``."""
-    b, heads, query_room, padded = q.numbers.shape
-    out = q.numbers.new_empty((b, queries, heads, width), dtype=out_dtype)
-    operands = [as_bytes(x.numbers) if interpreting() else x.numbers for x in (q, k, v)]
-    kernel = NARROW if padded <= 128 else WIDE
+def attend(q: Laid, k: Laid, v: Laid, dtype: torch.dtype) -> Tensor:
+    """Attention of operands that are laid for it: ``[b, s, h, d]`` in ``dtype``, contiguous."""
+    b, heads, room, width = q.numbers.shape
+    out = q.numbers.new_empty((b, q.tokens, heads, q.width), dtype=dtype)
+    numbers = [as_bytes(x.numbers) if interpreting() else x.numbers for x in (q, k, v)]
+    kernel = NARROW if width <= 128 else WIDE
     kernel.launch(
-        lambda size: (query_room // size["QUERIES"] * b * heads,),
-        *(operands[0], q.scales, operands[1], k.scales, operands[2], v.scales, v.scales.amax(-1), out),
-        *(queries, keys, heads, width, query_room, k.numbers.shape[2]),
-        key=f"e4m3 d={width} {'short' if keys <= 1024 else 'long'}",
-        WIDTH=padded,
+        lambda size: (room // size["QUERIES"] * b * heads,),
+        *(numbers[0], q.scales, numbers[1], k.scales, numbers[2], v.scales, v.scales.amax(-1), out),
+        *(q.tokens, k.tokens, heads, q.width, room, k.numbers.shape[2]),
+        key=f"e4m3 d={q.width} {'short' if k.tokens <= 1024 else 'long'}",
+        WIDTH=width,
     )
     return out
 
 
-def _gains(width: int, scale: float | None) -> tuple[float, float]:
-    """What the scales of queries and keys are multiplied with: 2 is the base, and those of queries stay positive."""
-    factor = (width**-0.5 if scale is None else scale) / math.log(2.0)
-    return abs(factor), math.copysign(1.0, factor)
+def operands(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *scales: Tensor) -> tuple[Laid, Laid, Laid]:
+    """Queries, keys and values as ``attend`` wants them; quantised, where their three ``scales`` are not given."""
+    of_q, of_k, of_v = scales or (None, None, None)
+    factor = (q.shape[-1] ** -0.5 if scale is None else scale) / math.log(2.0)
+    # The kernel takes the highest product for the highest score, so the sign goes to the keys.
+    queries, keys = laid(q, of_q, gain=abs(factor)), laid(k, of_k, gain=math.copysign(1.0, factor))
+    return queries, keys, laid(v, of_v, turned=True)
 
 
 def scaled(
@@ -218,16 +221,12 @@ def scaled(
         scale: of the scores; ``None`` for ``d^-½``.
         dtype: of the result; ``None`` for float32.
     """
-    width, (of_q, of_k) = q.shape[-1], _gains(q.shape[-1], scale)
-    operands = laid(q, q_scale, gain=of_q), laid(k, k_scale, gain=of_k), laid(v, v_scale, turned=True)
-    return _attend(*operands, q.shape[1], k.shape[1], width, dtype or q_scale.dtype)
+    return attend(*operands(q, k, v, scale, q_scale, k_scale, v_scale), dtype or q_scale.dtype)
 
 
 def quantized(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
     """The op ``quantized_attention``: as ``scaled`` of operands in bfloat16, float16 or float32, and in their dtype."""
-    width, (of_q, of_k) = q.shape[-1], _gains(q.shape[-1], scale)
-    operands = laid(q, gain=of_q), laid(k, gain=of_k), laid(v, turned=True)
-    return _attend(*operands, q.shape[1], k.shape[1], width, q.dtype)
+    return attend(*operands(q, k, v, scale), q.dtype)
 
 
 KERNELS = {"quantized_attention": Kernel(quantized), "scaled_attention": Kernel(scaled)}
