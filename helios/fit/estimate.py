@@ -21,7 +21,7 @@ from helios.graph import Rate
 from helios.lower import plan_for
 from helios.model.config import TextConfig
 from helios.model.presets import Variant
-from helios.model.room import RESERVE, encodes_first
+from helios.model.room import RESERVE, encodes_first, keeps_encoder
 from helios.model.shapes import transformer_shapes, vae_shapes
 from helios.model.vae import frames_of
 from helios.model.vae_split import Split, Tile, choose_split, peak_bytes
@@ -180,8 +180,8 @@ class Part:
 
 MOMENTS = ("encode", "step", "decode")
 """When memory is fullest: while the prompt is encoded, in a step, while frames are decoded. The text encoder leaves
-once the prompt is encoded; the transformer is there all the time, or comes then if both have no room at once; the VAE
-stays from its first use."""
+once the prompt is encoded, unless there is plenty of room; the transformer is there all the time, or comes then if both
+have no room at once; the VAE stays from its first use."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -244,10 +244,11 @@ def fit_memory(work: Work, memory: int, *, shared: bool = False, resident: int |
     prompts = 2 if work.setting.variant.guidance > 1 else 1
     bound = prompts * work.prompt
     apart = encodes_first(work.weights, work.text_weights, usable)
+    stays = work.text_weights if keeps_encoder(work.weights, work.text_weights, usable) else 0
     held = work.weights if resident is None else resident
     parts = [
         Part("transformer weights", 0 if apart else held, held, held),
-        Part("text encoder weights", encode=work.text_weights),
+        Part("text encoder weights", work.text_weights, stays, stays),
         Part(f"text keys and values, {'2 prompts' if prompts == 2 else '1 prompt'}", step=bound, decode=bound),
         Part("history of a chunk", step=work.chunk, decode=work.chunk),
         Part("VAE weights", step=work.vae_weights, decode=work.vae_weights),

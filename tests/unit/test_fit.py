@@ -151,6 +151,13 @@ def test_the_text_encoder_leaves_where_both_have_no_room(work: dict[str, Work]) 
         assert found.at("encode") == (work["distilled"].text_weights if apart else both)
 
 
+@pytest.mark.parametrize(("memory", "stays"), [(48 * GB, False), (80 * GB, True), (141 * GB, True)])
+def test_the_text_encoder_stays_where_there_is_plenty_of_room(memory: int, stays: bool, work: dict[str, Work]) -> None:
+    (text,) = (part for part in fit_memory(work["distilled"], memory).parts if part.name == "text encoder weights")
+    assert text.encode == work["distilled"].text_weights
+    assert text.step == text.decode == (text.encode if stays else 0)
+
+
 def test_the_text_encoder_may_be_the_only_one_without_room(work: dict[str, Work]) -> None:
     large = dataclasses.replace(work["distilled"], text_weights=39 * GB)
     found = fit_memory(large, 40 * GB)
