@@ -1,13 +1,16 @@
 """Attention on Helios' lengths by every library that is there.
 
 In memory the heads are inside the tokens (BSHD), outside (BHSD), or inside with q, k and v of a token side by side, as
-a fused projection leaves them (QKV).
+a fused projection leaves them (QKV). Of our own kernels' figures each is one of their source: in bfloat16; in e4m3 with
+quantising, as the plan of precision *fp8-attention* has it; and by itself, of operands that are quantised and laid.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import hashlib
 import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +19,7 @@ from typing import Any
 import shapes
 import torch
 import torch.nn.functional as F
+from environment import ROOT
 from results import Item, NotThereError, Record
 from rig import BOUNDS, Rig, Trial, error_of, spread_of, take
 from shapes import Attention
@@ -24,8 +28,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = ["items"]
 
+E4M3 = torch.float8_e4m3fn
+OURS = [
+    ROOT / "backends" / "cuda" / "helios_cuda" / "kernels" / f"{name}.py"
+    for name in ("attention", "attention_rows", "scaled_attention")
+]
 FP8_BOUND = 0.1
-"""fp8 attention rounds the probabilities to three bits, too: a figure of its own, never one for bf16."""
+"""fp8 attention rounds operands and probabilities to three bits: a figure of its own, never one for bf16."""
 
 SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -46,26 +55,76 @@ def items(rig: Rig) -> Iterator[Item]:
                 yield _item(rig, attention, f"{name} {layout}", _sdpa(backend), layout)
         for name, module in LIBRARIES.items():
             yield _item(rig, attention, name, _library(name, module), "BSHD")
-        yield _item(rig, attention, "FA3 fp8", _fa3_fp8, "BSHD", torch.float8_e4m3fn)
+        yield _item(rig, attention, "FA3 fp8", _fa3_fp8, "BSHD", E4M3, _narrowed)
+        yield from _ours(rig, attention)
         if not rig.cuda:
             yield _item(rig, attention, "math BSHD", _sdpa(SDPBackend.MATH), "BSHD")
+
+
+def _ours(rig: Rig, attention: Attention) -> Iterator[Item]:
+    """Our kernels, in bfloat16 and e4m3 in turns."""
+    version = hashlib.sha256(b"".join(path.read_bytes() for path in OURS)).hexdigest()[:8]
+    layout = "QKV" if attention.q == attention.k else "BSHD"
+    for column, call, prepare in (
+        ("Triton", _flash, None),
+        ("fp8 rows, Triton", _quantised, None),
+        ("fp8 rows, laid", _attend, _laid),
+    ):
+        item = _item(
+            rig, attention, column, call, layout, E4M3 if "fp8" in column else torch.bfloat16, prepare or _kept
+        )
+        yield dataclasses.replace(item, id=f"{item.id}/{version}")
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from helios_cuda.kernels.attention import flash  # which imports Triton, as those below
+
+    return flash(q, k, v)
+
+
+def _quantised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from helios_cuda.kernels.scaled_attention import quantized
+
+    return quantized(q, k, v)
+
+
+def _laid(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Any]:
+    from helios_cuda.kernels.scaled_attention import operands
+
+    return operands(q, k, v, None)
+
+
+def _attend(q: Any, k: Any, v: Any) -> Tensor:
+    from helios_cuda.kernels.scaled_attention import attend
+
+    return attend(q, k, v, torch.bfloat16)
+
+
+def _kept(*operands: Tensor) -> Sequence[Any]:
+    return operands
+
+
+def _narrowed(*operands: Tensor) -> Sequence[Any]:
+    return [x.to(E4M3) for x in operands]
 
 
 def _item(
     rig: Rig,
     attention: Attention,
     column: str,
-    call: Callable[[Tensor, Tensor, Tensor], Tensor],
+    call: Callable[..., Tensor],
     layout: str,
     dtype: torch.dtype = torch.bfloat16,
+    prepare: Callable[..., Sequence[Any]] = _kept,
 ) -> Item:
+    """``call`` takes what ``prepare`` makes of q, k and v in bfloat16, outside the timing."""
     name = str(dtype).removeprefix("torch.")
     return Item(
         f"attention/{column}/{attention.row}",
         f"{attention.q} queries, {attention.k} keys, {attention.heads} heads of {attention.dim}, {column}",
         attention.row,
         column,
-        lambda: _run(rig, attention, call, layout, dtype),
+        lambda: _run(rig, attention, call, layout, dtype, prepare),
         counts={attention.stage: attention.count},
         fields={"shape": [attention.q, attention.k, attention.heads, attention.dim], "dtype": name},
     )
@@ -74,15 +133,17 @@ def _item(
 def _run(
     rig: Rig,
     attention: Attention,
-    call: Callable[[Tensor, Tensor, Tensor], Tensor],
+    call: Callable[..., Tensor],
     layout: str,
     dtype: torch.dtype,
+    prepare: Callable[..., Sequence[Any]],
 ) -> Record:
-    if dtype == torch.float8_e4m3fn:
-        rig.need_cuda("fp8 attention")
-    sets = rig.sets(lambda: _operands(rig, attention, layout, dtype))
-    calls = [functools.partial(call, *s) for s in sets]
-    moved = 2 * attention.heads * attention.dim * (attention.q + attention.k) * dtype.itemsize
+    if dtype == E4M3 or call is _flash:
+        rig.need_cuda(f"attention by {call.__name__.strip('_')}")
+    sets = rig.sets(lambda: _operands(rig, attention, layout))
+    calls = [functools.partial(call, *prepare(*s)) for s in sets]
+    read = (attention.q + 2 * attention.k) * (2 if prepare is _kept else dtype.itemsize)
+    moved = attention.heads * attention.dim * (read + 2 * attention.q)
     rate = str(dtype).removeprefix("torch.")
     bound = BOUNDS["bfloat16"] if dtype == torch.bfloat16 else FP8_BOUND
     record = take(rig, Trial(calls, attention.flops, moved, lambda out: _error(out, *sets[0]), bound, rate))
@@ -90,7 +151,7 @@ def _run(
     return {**record, "result_is_bshd": calls[0]().is_contiguous()}
 
 
-def _operands(rig: Rig, attention: Attention, layout: str, dtype: torch.dtype) -> Sequence[Tensor]:
+def _operands(rig: Rig, attention: Attention, layout: str) -> Sequence[Tensor]:
     """q, k and v as ``[1, tokens, heads, dim]``, whatever lies in memory."""
 
     def make(tokens: int) -> Tensor:
@@ -100,8 +161,7 @@ def _operands(rig: Rig, attention: Attention, layout: str, dtype: torch.dtype) -
 
     if layout == "QKV":
         return rig.normal(1, attention.q, 3, attention.heads, attention.dim).unbind(2)
-    q, k, v = make(attention.q), make(attention.k), make(attention.k)
-    return (q, k, v) if dtype == torch.bfloat16 else tuple(x.to(dtype) for x in (q, k, v))
+    return make(attention.q), make(attention.k), make(attention.k)
 
 
 def _error(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:

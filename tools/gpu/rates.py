@@ -22,10 +22,10 @@ GROUPS = {"gemm": "products", "attention": "attention", "vae": "convolutions"}
 def kind_of(op: str) -> str:
     """What multiplies in an op.
 
-    >>> kind_of("qkv_linear"), kind_of("attention"), kind_of("conv3d")
+    >>> kind_of("qkv_linear"), kind_of("quantized_attention"), kind_of("conv3d")
     ('products', 'attention', 'convolutions')
     """
-    if op == "attention":
+    if op.endswith("attention"):
         return "attention"
     return "convolutions" if "conv" in op else "products"
 
