@@ -139,10 +139,11 @@ def _centred(frames: Tensor, exact: Tensor) -> Errors:
 
 
 def _bounds(known: Errors, exact: Tensor, dtype: torch.dtype) -> Errors:
-    """As of every composition of ops, but for the norm and for the part of values that are another level."""
+    """As of every composition of ops, but for the norm and for the part of values that are another level. What noise
+    takes from a video's contrast is of the order of its square."""
     top = float(exact.abs().max()) / float(exact.square().mean().sqrt().clamp_min(1e-9))
-    norm = dataclasses.replace(known, norm=known.norm * GROWN / 1.5)  # ``bounds`` takes the half more
-    bounds = budget.bounds("fused", dtype, 4, known.count, norm, budget.directions(exact), top)
+    grown = dataclasses.replace(known, norm=known.norm * GROWN / 1.5, gain=known.gain * GROWN**2)  # the norm half more
+    bounds = budget.bounds("fused", dtype, 4, known.count, grown, budget.directions(exact), top)
     off = GROWN * known.misrounded
     off += 3 * math.sqrt(off * max(1.0 - off, 0.0) / known.count) + 4 / known.count
     return dataclasses.replace(bounds, misrounded=min(off, 1.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,16 @@ from torch import Tensor
 
 from helios import op
 from helios.backend import Backend, ReferenceBackend, select
+from helios.media import to_frames
 from helios.model.vae_split import Split
+from helios.pipeline.codec import Codec, plan_of
 from helios_conformance import execute, frames, suite
 from helios_conformance.case import Observation, Verdict
 from helios_conformance.draws import Root, normal
 from helios_conformance.mutants.mutant import backend_with
+from helios_conformance.realtime import shown
+from helios_conformance.realtime.options import Options
+from helios_conformance.realtime.scene import drawn_model
 from helios_conformance.references import committed
 from helios_conformance.scenes.vae import VAE
 from helios_conformance.session import Session
@@ -157,3 +163,27 @@ def test_the_bounds_follow_the_latents() -> None:
         assert judged.errors == judged.reference
         assert judged.bounds.norm == pytest.approx(frames.GROWN * judged.errors.norm)
     assert seen[0].errors.norm != seen[1].errors.norm
+
+
+def test_frames_under_the_clock_are_judged_alike() -> None:
+    """Of level realtime the part that looks at frames: decoded in bfloat16, told as such, or told as float32."""
+    options = Options.of({"size": "mini", "height": 32, "width": 32, "tokens": 16})
+    case = next(c for c in suite.all_cases("bf16") if c.check == "realtime_timed")
+    model = drawn_model("mini", "distilled", ROOT)
+    codec = Codec(model.vae, model.vae_weights, ReferenceBackend(), torch.bfloat16)
+    latents = normal(ROOT.key("shown"), (1, model.vae.z_dim, 9, 4, 4))
+    plan = plan_of(Split(9), torch.bfloat16)
+    seen: Any = types.SimpleNamespace(index=0, latents=latents, frames=to_frames(codec.decode(latents, Split(9))))
+    outputs, fact = shown.keep(ROOT, case, options, seen, plan)
+    shots = [{"latents": outputs["shown.latents"].digest}]
+    facts = {"chunks": shots, "checked": [[0]], "shown": fact}
+    setting = {"size": "mini", "height": 32, "width": 32, "tokens": 16, "weights": "random", "variant": "distilled"}
+    for vae, words in (
+        (plan, []),
+        ({"group": 9}, ["worst element", "part of"]),
+        ({**plan, "precision": "fp8"}, ["fp8"]),
+    ):
+        judged, wrong = shown.judge(case, Observation(outputs, {**facts, "vae": vae}), setting, ROOT, 1)
+        assert len(wrong) == len(words), wrong
+        assert all(word in line for word, line in zip(words, wrong, strict=True))
+        assert bool(judged) == ("fp8" not in words)
