@@ -2,10 +2,11 @@
 
     python tools/kernel_report.py [--architectures sm_90 …] [--default-only] [--out out/kernels] [--write]
 
-What is compiled: the launches of the 14b plan at 384×640 in bf16 (denoising, sampler, VAE) in the layouts that its
-kernels really leave, and of each op's samples at real sizes in bf16 and fp32. The tile that an architecture would
-choose is compiled for all of these; every other candidate for one launch of each kernel and key. Ends with 1 where
-something is wrong: see ``helios_cuda.offline.problems``. What was compiled once is remembered in ``--out``.
+What is compiled: the launches of the 14b plans at 384×640 in bf16 (denoising, sampler, VAE), in fp8-weights and, where
+tensor cores multiply e4m3 numbers, in fp8-attention, in the layouts that the kernels really leave; and of each op's
+samples at real sizes in bf16 and fp32. The tile that an architecture would choose is compiled for all of these; every
+other candidate for one launch of each kernel and key. Ends with 1 where something is wrong: see
+``helios_cuda.offline.problems``. What was compiled once is remembered in ``--out``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,20 @@ from helios.graph import Graph
 from helios.lower import plan_for
 from helios.model.presets import SIZES, VARIANTS
 from helios.model.vae import decode_graph
+from helios.ops import quantize
 from helios.pipeline.denoise import Layout, denoise_graphs
 from helios.pipeline.history import Window
+from helios.precision import precision
 from helios_cuda import CudaBackend, offline, tables
 from helios_cuda.architectures import ARCHITECTURES
+from helios_cuda.backend import E4M3_FROM, OF_E4M3
 from helios_cuda.launch import Launch
 from helios_cuda.offline import Binary, Form
 from helios_cuda.tables import Tile
 
 ROOT = Path(__file__).resolve().parent.parent
+PLANS = ("bf16", "fp8-attention", "fp8-weights")
+"""Precisions whose plans are compiled: fp8 is a part of fp8-attention."""
 
 
 @dataclasses.dataclass
@@ -65,45 +71,66 @@ class Row:
     wrong: tuple[str, ...]
 
 
-def plan_graphs() -> Mapping[str, Graph]:
-    """The graphs of one chunk as the CUDA backend gets them: denoising, sampler, and the VAE's decoding in one pass."""
+def plan_graphs(name: str = "bf16") -> Mapping[str, Graph]:
+    """The graphs of one chunk as the CUDA backend gets them: denoising, sampler, and the VAE's decoding in one pass.
+
+    Args:
+        name: of the precision; one that quantises decodes as its working dtype does, and has no graph of that.
+    """
     setting = Setting(SIZES["14b"], VARIANTS["distilled"])
-    variant, dtype = setting.variant, setting.dtype
+    variant, of = setting.variant, precision(name)
     layout = Layout(setting.batch, *setting.latent, setting.text_tokens, Window())
-    graphs = denoise_graphs(setting.size.transformer, variant.scheduler, variant.pipeline, layout, dtype)
-    graphs["decode"] = decode_graph(
-        setting.size.vae,
-        batch=setting.batch,
-        latents=LATENT_FRAMES,
-        height=setting.height,
-        width=setting.width,
-        dtype=dtype,
-        first=True,
-        caches=False,
-    )
+    graphs = denoise_graphs(setting.size.transformer, variant.scheduler, variant.pipeline, layout, of)
+    if not of.quantised:
+        graphs["decode"] = decode_graph(
+            setting.size.vae,
+            batch=setting.batch,
+            latents=LATENT_FRAMES,
+            height=setting.height,
+            width=setting.width,
+            dtype=of.dtype,
+            first=True,
+            caches=False,
+        )
     return plan_for(graphs, CudaBackend()).graphs
 
 
-def uses(graphs: Iterable[Graph], architecture: str) -> list[Use]:
-    """Every form that an architecture launches, once."""
+def uses(plans: Mapping[str, Mapping[str, Graph]], architecture: str) -> list[Use]:
+    """Every form that an architecture launches, once; with the plan that has it most often.
+
+    Args:
+        plans: graphs of a chunk, by the name of the precision.
+    """
     found: dict[str, Use] = {}
+    multiplies = _multiplies(architecture)
+    with tables.assumed(architecture):
+        for name, graphs in plans.items():
+            if multiplies or precision(name).products != "e4m3":
+                launches = list(_of_plan(graphs, architecture))
+                counts = collections.Counter(form.name for _, form in launches)
+                for launch, form in launches:
+                    use = found.setdefault(form.name, Use(launch, form))
+                    use.count = max(use.count, counts[form.name])
+        for launch in _of_samples(multiplies):
+            form = offline.form_of(launch)
+            found.setdefault(form.name, Use(launch, form))
+    return list(found.values())
 
-    def enter(launch: Launch, count: int) -> None:
-        form = offline.form_of(launch)
-        found.setdefault(form.name, Use(launch, form)).count += count
 
+def _multiplies(architecture: str) -> bool:
+    """Whether its tensor cores multiply e4m3 numbers."""
+    return ARCHITECTURES[architecture].capability >= 10 * E4M3_FROM[0] + E4M3_FROM[1]
+
+
+def _of_plan(graphs: Mapping[str, Graph], architecture: str) -> Iterator[tuple[Launch, Form]]:
     kernels = CudaBackend().kernels
     others = {"conv3d": Kernel(_boxes, kernels["conv3d"].prepare, kernels["conv3d"].weights)}
     if ARCHITECTURES[architecture].capability < 90:
         others = {}
-    with tables.assumed(architecture):
-        for graph in graphs:
-            for ran in offline.replay(graph, kernels, others):
-                for launch in ran.launches:
-                    enter(launch, 1)
-        for launch in _of_samples():
-            enter(launch, 0)
-    return list(found.values())
+    for graph in graphs.values():
+        for ran in offline.replay(graph, kernels, others):
+            for launch in ran.launches:
+                yield launch, offline.form_of(launch)
 
 
 def _boxes(w: Any, x: Tensor, *, stride: tuple[int, int, int], padding: tuple[int, int, int]) -> None:
@@ -115,12 +142,16 @@ def _boxes(w: Any, x: Tensor, *, stride: tuple[int, int, int], padding: tuple[in
         conv_boxes.conv3d(x, w.weight, w.bias, padding)
 
 
-def _of_samples() -> Iterator[Launch]:
+def _of_samples(multiplies: bool) -> Iterator[Launch]:
+    """Of every op that an architecture can run; quantised ones have one working dtype."""
     from helios_cuda.kernels import KERNELS
 
     for name in sorted(KERNELS):
+        if name in OF_E4M3 and not multiplies:
+            continue
+        dtypes = (torch.bfloat16,) if name in quantize.__all__ else (torch.bfloat16, torch.float32)
         for sample in op.get(name).samples():
-            for dtype in (torch.bfloat16, torch.float32):
+            for dtype in dtypes:
                 yield from offline.of_sample(name, KERNELS[name], sample, dtype) if sample.big else ()
 
 
@@ -178,10 +209,10 @@ def main() -> int:
     args = _arguments()
     # A cache of its own, so that the seconds are those of compiling.
     os.environ.setdefault("TRITON_CACHE_DIR", str(args.out.resolve() / "triton"))
-    compile_, graphs, made = Compiler(args.out), list(plan_graphs().values()), []
+    compile_, plans, made = Compiler(args.out), {name: plan_graphs(name) for name in PLANS}, []
     for architecture in args.architectures:
         started, before = time.perf_counter(), compile_.fresh
-        found = uses(graphs, architecture)
+        found = uses(plans, architecture)
         made += list(rows(found, architecture, compile_, default_only=args.default_only))
         compile_.save()
         count, fresh = sum(row.architecture == architecture for row in made), compile_.fresh - before
@@ -277,10 +308,11 @@ Made by `%(command)s` at commit `%(commit)s` with Triton %(triton)s; not edited 
 %(wrong)s wrong. Nothing here was run: these are properties of binaries. Each is in [kernels.json](kernels.json);
 without `--default-only` it has every candidate tile for one launch of each kernel and key.
 
-What is compiled are the launches of the 14b plan at 384×640 in bf16, in the layouts that the kernels leave their
-results in, and each op's samples at real sizes in bf16 and fp32. Wrong is: a spill or a narrow access (less than 16
-bytes by a thread, to an operand of 8 MiB and more that lies evenly) with the tile that an architecture chooses; more
-shared memory than the architecture has, or than the tile declares, with any candidate.
+What is compiled are the launches of the 14b plans at 384×640 in bf16, fp8-attention (from sm_89 on) and fp8-weights, in
+the layouts that the kernels leave their results in, and each op's samples at real sizes in bf16 and fp32. Wrong is: a
+spill or a narrow access (less than 16 bytes by a thread, to an operand of 8 MiB and more that lies evenly) with the
+tile that an architecture chooses; more shared memory than the architecture has, or than the tile declares, with any
+candidate.
 
 Registers of a thread · KiB of shared memory of a block · part of the multiprocessor's room for warps that blocks fill,
 with the tile that is chosen: the worst of the kernel's forms. A dash: the kernel is not launched there."""

@@ -21,14 +21,14 @@ NUMBERS = torch.arange(256, dtype=torch.uint8)
 SHAPES = [(2, 5, 24), (7, 33), (1, 129), (3, 1), (40,), (2, 3, 4, 128), (2, 300), (1, 2, 13824)]
 
 
-@triton.jit
-def _to_bytes(x, out, SIZE: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _to_bytes(x, out, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.arange(0, SIZE)
     tl.store(out + at, numerics.e4m3(tl.load(x + at), False))
 
 
-@triton.jit
-def _to_float(x, out, SIZE: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _to_float(x, out, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.arange(0, SIZE)
     tl.store(out + at, numerics.widened(tl.load(x + at), False))
 
@@ -56,8 +56,9 @@ def same_bits(came: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(x.view(kinds[x.dtype]), y.view(kinds[y.dtype])) for x, y in zip(came, wanted, strict=True))
 
 
-def judge(q: Tensor, scale: Tensor, exact: Tensor) -> None:
+def judge(quantised: tuple[Tensor, Tensor], exact: Tensor) -> None:
     """Against a float64 result that was not rounded: each row's scale, and each number half a step away at most."""
+    q, scale = quantised
     assert q.is_contiguous()
     assert scale.is_contiguous()
     assert (q.dtype, scale.dtype) == (E4M3, F32)
@@ -109,7 +110,7 @@ def test_rows_are_quantised_as_by_the_op(shape: tuple[int, ...], dtype: torch.dt
     before = x.clone()
     came = run("quantize_rows", x)
     assert same_bits(came, body("quantize_rows", x))
-    judge(*came, x.double())
+    judge(came, x.double())
     assert torch.equal(x, before)
 
 
@@ -241,13 +242,13 @@ def test_nan_and_infinity_stay_in_their_row_and_are_not_lost(name: str, bad: flo
 def test_gelu(dtype: torch.dtype, far: float) -> None:
     x = drawn(2, 5, 183, dtype=dtype) * far
     came = run("gelu_quantize", x)
-    judge(*came, body("gelu", x.double()))
+    judge(came, body("gelu", x.double()))
 
 
 def test_a_row_that_gelu_makes_small_keeps_its_precision() -> None:
     """All of it far below zero, where a sum of 1 and a hyperbolic tangent has no digits left."""
     x = -torch.rand(3, 64, generator=torch.Generator().manual_seed(3)) - 4.0
-    judge(*run("gelu_quantize", x), body("gelu", x.double()))
+    judge(run("gelu_quantize", x), body("gelu", x.double()))
 
 
 @DTYPES
@@ -257,7 +258,7 @@ def test_layer_norm(dtype: torch.dtype, weights: tuple[torch.dtype | None, ...],
     x = drawn(2, 9, width + 5, dtype=dtype)[:, 2:, 5:]
     given = [None if w is None else drawn(width, dtype=w, seed=i) for i, w in enumerate(weights)]
     wide = [None if w is None else w.double() for w in given]
-    judge(*run("layer_norm_quantize", x, *given), body("layer_norm", x.double(), *wide))
+    judge(run("layer_norm_quantize", x, *given), body("layer_norm", x.double(), *wide))
 
 
 @DTYPES
@@ -266,7 +267,7 @@ def test_adaln(dtype: torch.dtype, count: int) -> None:
     x, scale, shift = drawn(2, 7, 40, dtype=dtype), drawn(2, count, 40, seed=4), drawn(2, count, 40, seed=5)
     split = 3 if count == 2 else 0
     came = run("adaln_quantize", x, scale, shift, split=split)
-    judge(*came, body("adaln", x.double(), scale.double(), shift.double(), split=split))
+    judge(came, body("adaln", x.double(), scale.double(), shift.double(), split=split))
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -278,7 +279,7 @@ def test_gated_add_adaln(branch: int, gated: bool) -> None:
     splits = {"split": 3, "gate_split": 2 if gated else 0}
     total, q, s = run("gated_add_adaln_quantize", x, y, gate, scale, shift, **splits)
     assert torch.equal(total, run("gated_add_adaln", x, y, gate, scale, shift, **splits)[0])
-    judge(q, s, body("adaln", total.double(), scale.double(), shift.double(), split=3))
+    judge((q, s), body("adaln", total.double(), scale.double(), shift.double(), split=3))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=["bf16", "fp16", "fp32"])
