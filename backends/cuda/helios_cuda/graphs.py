@@ -1,9 +1,9 @@
 """Steps as CUDA graphs: captured once over static buffers, replayed from then on.
 
-**What is captured.** The step of each entry that reads a context: the transformer at each pyramid stage, about 650
-launches that cost the host some 30 ms (predicted: 45 µs each, through Python and Triton's launcher), as much as stage 0
-computes. The prompt and the chunk phase run once a prompt and once a chunk, the solver's steps are single launches, and
-the VAE's are long ones: none of them would gain, and a capture keeps its activations' memory to itself.
+**What is captured.** The step of each entry that reads a context: the transformer at each pyramid stage, some 900
+launches that cost the host some 40 ms (predicted: 45 µs each, through Python and Triton's launcher), half of what stage
+0 computes. The prompt and the chunk phase run once a prompt and once a chunk, the solver's steps are single launches,
+and the VAE's are long ones: none of them would gain, and a capture keeps its activations' memory to itself.
 
 **Contexts** are switched by copying them. A graph reads fixed addresses, a context may be any tensors. At the published
 sizes a prompt's is 419 MB (text keys and values of 40 layers, 512 × 5120 in bf16) and a chunk's 25 MB (2400 history
