@@ -56,6 +56,8 @@ accumulates, ``fused`` is a composition of other ops."""
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a body accumulates: at least float32, and float64 stays float64."""
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        return torch.float32  # torch promotes no numbers of eight bits
     return torch.promote_types(dtype, torch.float32)
 
 

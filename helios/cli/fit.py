@@ -11,6 +11,7 @@ from helios.cli import output
 from helios.cli.options import (
     HeightOption,
     JsonOption,
+    NamedPrecisionOption,
     SizeOption,
     StepsOption,
     VaePrecisionOption,
@@ -69,7 +70,7 @@ def fit(
     variant: VariantOption = "distilled",
     height: HeightOption = 384,
     width: WidthOption = 640,
-    precision: Annotated[str, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.")] = "bf16",
+    precision: NamedPrecisionOption = "bf16",
     vae_precision: VaePrecisionOption = None,
     steps: StepsOption = None,
     json: JsonOption = False,
@@ -174,8 +175,9 @@ def this_machine(host: Host, precision: str) -> Target:
     info = next(d for d in backend.devices() if d.index == backend.index)
     known = recognise(info.name)
     if backend.device.type == "cpu":
-        rate = matrix_rate(precision_of(precision).dtype)
-        source = "peak: a matrix product, measured now beside whatever else runs"
+        asked = precision_of(precision)
+        rate = 0.0 if asked.quantised else matrix_rate(asked.dtype)  # nothing is measured of quantised products
+        source = "peak: a matrix product, measured now beside whatever else runs" if rate else "peak: not measured"
         title = f"this machine: {host.cpu}, {host.usable_cores:g} cores"
         return Target(title, backend.label, host.usable_memory, rate, 0.0, source, shared=True, here=True)
     if known is not None:
@@ -336,6 +338,7 @@ def _data(
         "variant": asked.variant.name,
         "height": asked.height,
         "width": asked.width,
+        "precision": asked.precision.name,
         "vae_precision": vae_name(asked.decoding),
         "steps": steps,
         "target": {f.name: getattr(target, f.name) for f in dataclasses.fields(target) if f.name != "device"},

@@ -11,6 +11,7 @@ from helios.cli import output
 from helios.cli.options import (
     HeightOption,
     JsonOption,
+    NamedPrecisionOption,
     PyramidStageOption,
     SizeOption,
     VariantOption,
@@ -38,7 +39,7 @@ def graph(
     width: WidthOption = 640,
     batch: Annotated[int, typer.Option(metavar="N", help="Videos that run together.")] = 1,
     text_tokens: Annotated[int, typer.Option(metavar="N", help="Length of the prompt's embedding.")] = 512,
-    dtype: Annotated[str, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.")] = "bf16",
+    precision: NamedPrecisionOption = "bf16",
     published: Annotated[
         bool, typer.Option("--published", help="As the published code runs it: one phase, dead rows too.")
     ] = False,
@@ -58,7 +59,7 @@ def graph(
 
     Shapes alone: no weight is made, no device is needed.
     """
-    asked = setting(size, variant, height, width, dtype, batch=batch, text_tokens=text_tokens)
+    asked = setting(size, variant, height, width, precision, batch=batch, text_tokens=text_tokens)
     if published and backend:
         raise InputError("--published shows the graph before any backend sees it", fix="leave one of the two out")
     stages = range(asked.stages) if pyramid_stage is None else [pyramid_stage]

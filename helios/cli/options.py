@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 __all__ = [
     "CERTIFY",
     "MAKE_VIDEO",
+    "OF_ARITHMETIC",
     "PORT",
+    "PRECISIONS",
     "BackendOption",
     "BackendOptionsOption",
     "FallbackOption",
     "HeightOption",
     "JsonOption",
     "MemoryOption",
+    "NamedPrecisionOption",
     "PrecisionOption",
     "PyramidStageOption",
     "SizeOption",
@@ -36,6 +39,10 @@ __all__ = [
 MAKE_VIDEO, PORT, CERTIFY = "Make video", "Port", "Certify"
 """The panels of the help."""
 
+PRECISIONS = ("bf16", "fp16", "fp32", "fp8", "fp8-attention", "fp8-weights")
+"""Their names for help that has to be quick: ``helios.precision`` loads torch. Not ``fp64``, which is the oracle's."""
+OF_ARITHMETIC = f"Of the arithmetic: {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}."
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 SizeOption = Annotated[
     str, typer.Option(metavar="tiny|mini|14b", help="Size of the networks; 14b is the published one.")
@@ -47,8 +54,9 @@ PyramidStageOption = Annotated[
 HeightOption = Annotated[int, typer.Option(metavar="PIXELS", help="Height of the video.")]
 WidthOption = Annotated[int, typer.Option(metavar="PIXELS", help="Width of the video.")]
 PrecisionOption = Annotated[
-    str | None, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.", show_default="the backend's first")
+    str | None, typer.Option(metavar="NAME", help=OF_ARITHMETIC, show_default="the backend's first")
 ]
+NamedPrecisionOption = Annotated[str, typer.Option(metavar="NAME", help=OF_ARITHMETIC)]
 VaePrecisionOption = Annotated[
     str | None,
     typer.Option(metavar="fp32|bf16|fp16", help="Of decoding frames.", show_default="the backend's"),

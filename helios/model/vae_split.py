@@ -107,12 +107,13 @@ def live_bytes(graph: Graph) -> int:
 
 
 def _memory(graph: Graph) -> tuple[dict[str, str], dict[str, int]]:
-    """For each value the one whose memory it lies in, and its bytes: 0 for weights and what is computed of them."""
+    """For each value the one whose memory it lies in, and its bytes: 0 for weights and what is computed of them, but
+    for a weight that is widened for one product."""
     owner = {v.name: v.name for v in graph.inputs}
     size = {v.name: v.type.nbytes if v.rate else 0 for v in graph.inputs}
     for node in graph.nodes:
         base = owner[node.values[0].name] if node.op in _VIEWS else None
-        activation = not node.values or any(v.rate for v in node.values)
+        activation = not node.values or any(v.rate for v in node.values) or node.op == "dequantize_rows"
         for out in node.outputs:
             owner[out.name] = base or out.name
             size[out.name] = out.type.nbytes if activation else 0

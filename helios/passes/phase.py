@@ -2,7 +2,8 @@
 
 A node runs in the slowest phase that can compute it. Its outputs are *held* from there for the faster phases, unless
 holding would cost memory and save nothing: data movement straight from inputs (a cast or a view of a weight) and
-broadcasts run again where they are needed.
+broadcasts run again where they are needed. So does the widening of a quantised weight: held wide, it would have been
+quantised for nothing.
 
 Values that cross a phase border are named by what they are: a hash over op, attributes and inputs. So the same text
 keys in the graphs of three pyramid stages are one value, computed once and held once for all of them.
@@ -138,12 +139,16 @@ def _where(graph: Graph, again: set[str]) -> dict[str, set[Rate]]:
     return where
 
 
+_WIDENS = "dequantize_rows"
+
+
 def _computed_again(graph: Graph) -> set[str]:
     """First outputs of nodes that are cheaper to run again than to hold."""
     inputs = {v.name for v in graph.inputs}
     again: set[str] = set()
     for node in graph.nodes:
-        if op.get(node.op).kind != "move" or not node.values or node.outputs[0].rate == Rate.STEP:
+        cheap = op.get(node.op).kind == "move" or node.op == _WIDENS
+        if not cheap or not node.values or node.outputs[0].rate == Rate.STEP:
             continue
         from_inputs = all(v.name in inputs for v in node.values)
         grows = sum(v.type.nbytes for v in node.outputs) > sum(v.type.nbytes for v in node.values)

@@ -101,6 +101,33 @@ def test_fp32_is_not_predicted_from_a_bf16_peak(capsys: pytest.CaptureFixture[st
     assert "no fp32 peak of it is known" in printed(capsys, "--device", "h100", "--precision", "fp32")
 
 
+@pytest.mark.parametrize("precision", ["fp8", "fp8-weights"])
+def test_quantised_weights_take_half_the_memory_and_promise_no_speed(
+    precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual, quantised = (loaded(capsys, "--device", "h100", "--precision", p) for p in ("bf16", precision))
+    # 38 of 40 blocks have products of 350 million weights each, now of one byte and a scale a row.
+    block = 6 * 5120 * 5120 + 2 * 5120 * 5120 + 2 * 5120 * 13824
+    saved = usual["work"]["weights"] - quantised["work"]["weights"]
+    assert saved == pytest.approx(38 * block, rel=2e-3)
+    assert quantised["work"]["step_weights"] < 0.55 * usual["work"]["step_weights"]
+    assert usual["speed"] is not None
+    assert quantised["speed"] is None
+    assert quantised["precision"] == precision
+    assert quantised["flags"][quantised["flags"].index("--precision") + 1] == precision
+
+
+def test_quantised_products_are_not_predicted_from_a_product_measured_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HELIOS_BACKEND", "reference")
+    monkeypatch.setattr("helios.fit.measure.matrix_rate", lambda dtype: 4e11)
+    asked = ("--size", "tiny", "--height", "64", "--width", "64")
+    assert loaded(capsys, *asked)["speed"] is not None
+    assert loaded(capsys, *asked, "--precision", "fp8")["speed"] is None
+    assert "peak: not measured" in printed(capsys, *asked, "--precision", "fp8")
+
+
 def test_the_host_s_cgroup_and_disk_are_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from helios.cli import output
-from helios.cli.options import JsonOption
+from helios.cli.options import OF_ARITHMETIC, JsonOption
 from helios_conformance.cli import export
 
 __all__ = ["app", "chosen", "listing"]
@@ -26,9 +26,7 @@ def listing(
         str, typer.Option(metavar="ops|blocks|model|pipeline|realtime|all", help="Cases of this level.")
     ] = "all",
     suite: Annotated[str, typer.Option(metavar="quick|full", help="Cases of this suite.")] = "full",
-    precision: Annotated[
-        str | None, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.", show_default="both")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(metavar="NAME", help=OF_ARITHMETIC, show_default="all")] = None,
     filters: Annotated[
         list[str] | None, typer.Option("--filter", metavar="ID", help="Ids or patterns.", show_default=False)
     ] = None,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from helios.cli import output
+from helios.cli.options import PRECISIONS, PrecisionOption
 from helios.errors import InputError, UnknownBackend, unknown_name
 from helios_conformance.cli.realtime_options import nothing_given, with_options
 
@@ -26,7 +27,6 @@ __all__ = ["EXAMPLES", "certify"]
 EXAMPLES = "Examples: helios certify --backend cpu; helios certify --backend cuda:1 --suite full --level all"
 SUITES = ("quick", "full")
 LEVELS = ("ops", "blocks", "model", "pipeline", "realtime")
-PRECISIONS = ("bf16", "fp16", "fp32", "fp8", "fp8-attention", "fp8-weights")
 
 BackendName = Annotated[
     str | None, typer.Option(metavar="NAME[:PROVIDER][:INDEX]", help="What is judged.", show_default=False)
@@ -40,9 +40,6 @@ Level = Annotated[
     ),
 ]
 SuiteName = Annotated[str, typer.Option(metavar="quick|full", help="Only the full suite can certify.")]
-Precision = Annotated[
-    str | None, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.", show_default="the backend's first")
-]
 Filters = Annotated[
     list[str] | None,
     typer.Option(
@@ -93,7 +90,7 @@ def certify(
     backend: BackendName = None,
     level: Level = None,
     suite: SuiteName = "quick",
-    precision: Precision = None,
+    precision: PrecisionOption = None,
     filters: Filters = None,
     out: Out = None,
     seed: Seed = 0,

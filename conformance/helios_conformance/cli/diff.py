@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from helios.cli import output
-from helios.cli.options import JsonOption, VariantOption, setting
+from helios.cli.options import JsonOption, NamedPrecisionOption, VariantOption, setting
 from helios.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def diff(
     pyramid_stage: Annotated[
         int | None, typer.Option(metavar="N", help="Which; 0 is the coarsest.", show_default="the last")
     ] = None,
-    precision: Annotated[str, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.")] = "bf16",
+    precision: NamedPrecisionOption = "bf16",
     height: Annotated[int, typer.Option(metavar="PIXELS", help="Of the video.")] = 128,
     width: Annotated[int, typer.Option(metavar="PIXELS", help="Of the video.")] = 192,
     text_tokens: Annotated[int, typer.Option(metavar="N", help="Length of the prompt's embedding.")] = 64,

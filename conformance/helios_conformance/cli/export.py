@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from helios.cli import output
+from helios.cli.options import NamedPrecisionOption
 
 __all__ = ["EXAMPLES", "export"]
 
@@ -18,7 +19,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.", show_default=False)],
     level: Annotated[str, typer.Option(metavar="ops|blocks|model|all", help="Cases of this level.")] = "ops",
     suite: Annotated[str, typer.Option(metavar="quick|full", help="Cases of this suite.")] = "quick",
-    precision: Annotated[str, typer.Option(metavar="bf16|fp32", help="Of the arithmetic.")] = "bf16",
+    precision: NamedPrecisionOption = "bf16",
     filters: Annotated[
         list[str] | None, typer.Option("--filter", metavar="ID", help="Ids or patterns.", show_default=False)
     ] = None,
