@@ -158,7 +158,7 @@ def test_coverage_says_what_is_fused_and_why_not(
         (["--height", "100"], "--height 128 --width 64"),
         (["--batch", "0"], "batch is 0"),
         (["--published", "--backend", "cpu"], "leave one of the two out"),
-        (["--precision", "fp7"], "unknown precision 'fp7'; did you mean 'fp8'"),
+        (["--precision", "fp7"], "unknown precision 'fp7': did you mean 'fp8'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
