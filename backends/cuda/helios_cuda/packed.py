@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from helios.backend import Kernel
+from helios_cuda.held import Quantised
 from helios_cuda.kernels import KERNELS as TRITON
-from helios_cuda.scaled import Quantised, quantised
+from helios_cuda.scaled import quantised
 
 __all__ = ["KERNELS"]
 

@@ -17,6 +17,7 @@ from helios.program import EMPTY, Context, Coverage, WeightReader
 from helios_cuda import failures, graphs, offload
 from helios_cuda.arithmetic import as_declared
 from helios_cuda.graphs import NotCaptured, Steps
+from helios_cuda.held import saved
 from helios_cuda.offload import Streamed
 from helios_cuda.staging import Staging
 
@@ -136,7 +137,9 @@ class CudaProgram(KernelProgram):
 
     def _make_room(self) -> None:
         """Keep handles on the host, where that was asked for and all of them do not fit."""
-        needed = sum(value.type.nbytes for value in self.weight_inputs().values())
+        calls = {call.key: call for sequence in self._sequences.values() for call in sequence.calls if call.key}
+        came = sum(value.type.nbytes for value in self.weight_inputs().values())
+        needed = came - sum(saved(call.node) for call in calls.values())
         told, reusable = self.backend.memory(), self._cuda.reusable()
         link = self._cuda.link()
         if not self._cuda.low or told is None or link is None:
@@ -146,10 +149,10 @@ class CudaProgram(KernelProgram):
         if room >= needed:
             return
         often = {call.key for name in self.plan.steps for call in self._sequences[name].calls}
-        calls = [call for sequence in self._sequences.values() for call in sequence.calls]
-        seldom = {call.key: call for call in calls if call.key not in often}
+        seldom = {key: call for key, call in calls.items() if key not in often}
         packed = (call.node.inputs[i] for call in seldom.values() for i in call.packed)
         needed -= sum(value.type.nbytes for value in operand_values(packed))
+        needed += sum(saved(call.node) for call in seldom.values())
         self._streamed = Streamed(link, self.backend.device, max(room, 0) / max(needed, 1), frozenset(seldom))
         self._handles = self._streamed
         self.eager = "weights are fetched from the host"

@@ -30,7 +30,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 import triton
@@ -41,11 +40,12 @@ from helios.graph import Node, Value
 from helios.passes import Plan
 from helios_cuda import record
 from helios_cuda.choice import Choices, Clock, Variant, device_clock
+from helios_cuda.held import Quantised
 from helios_cuda.kernels.quantize import quantize_rows
 from helios_cuda.kernels.scaled_linear import scaled_linear
 from helios_cuda.launch import name_of
 
-__all__ = ["CHOICES", "KERNELS", "OPS", "VARIANTS", "Form", "Quantised", "forms", "settle"]
+__all__ = ["CHOICES", "KERNELS", "OPS", "VARIANTS", "Form", "forms", "quantised", "settle"]
 
 CAPABILITY = (8, 9)
 """The first with tensor cores for e4m3 numbers."""
@@ -53,17 +53,6 @@ MULTIPLE = 16
 """Of the inner dimension and of the outputs that the library takes."""
 LARGEST = 2**31
 """Elements of an operand or result that 32 bits do not count."""
-
-
-class Quantised(NamedTuple):
-    """A weight by rows: ``weight`` ``[o, i]`` float8_e4m3fn and ``scale`` ``[o, 1]`` float32, both contiguous; ``bias``
-    ``[o]``; ``dtype`` of the product; ``parts`` are the widths of what was laid side by side."""
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    dtype: torch.dtype
-    parts: tuple[int, ...] = ()
 
 
 def _triton(x: Tensor, x_scale: Tensor, w: Quantised) -> Tensor:
