@@ -171,8 +171,8 @@ class Run:
         for index in self._indices(first):
             try:
                 begun = self._begin(state)
-            except Exception:
-                yield from self._finished(waiting)  # whatever became of its successor
+            except BaseException:  # Ctrl-C as well: what is made is handed out first
+                yield from self._finished(waiting)
                 raise
             yield from self._finished(waiting)
             self._decode(begun)

@@ -123,14 +123,15 @@ def test_a_schedule_is_known_before() -> None:
     assert begun == [0, 2, 2]
 
 
-def test_what_becomes_of_a_chunk_does_not_touch_the_one_before_it() -> None:
+@pytest.mark.parametrize("ends", [BackendError("the device was lost"), KeyboardInterrupt("the device was lost")])
+def test_what_becomes_of_a_chunk_does_not_touch_the_one_before_it(ends: BaseException) -> None:
     def tell(progress: Progress) -> None:
         if progress.chunk == 2:
-            raise BackendError("the device was lost")
+            raise ends
 
     stream = pipeline().stream("a cat", chunks=4, progress=tell, **SETTINGS)
     assert [next(stream).index, next(stream).index] == [0, 1]
-    with pytest.raises(BackendError, match="the device was lost"):
+    with pytest.raises(type(ends), match="the device was lost"):
         next(stream)
 
 
