@@ -213,7 +213,7 @@ def _make(job: Job, begin: float, *, sheet: bool) -> None:
 
 
 def _run(job: Job, folder: RunFolder, report: Report) -> None:
-    """Make the chunks that are missing; each is on disk before the next one begins."""
+    """Make the chunks that are missing; each is on disk before the next one is asked for."""
     if job.done >= job.chunks:
         output.line("this run is complete: its segments are joined again, and nothing is computed")
         return
