@@ -301,10 +301,12 @@ class _Ahead:
         return packed.on(slot.memory)
 
     def end(self) -> None:
-        """Give all slots back. Copies that nobody took are done before any that are sent later."""
+        """Give all slots back. Computations wait for copies that nobody took: a slot may be the next one's memory."""
         self._leave()
         while self._coming:
-            self._idle.append(self._coming.popleft()[2])
+            _, _, slot, mark = self._coming.popleft()
+            self._link.hold(mark)
+            self._idle.append(slot)
 
     def _leave(self) -> None:
         if self._in_use is not None:

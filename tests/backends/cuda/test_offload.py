@@ -190,10 +190,13 @@ def test_another_order_than_announced_is_a_defect() -> None:
 
 
 def test_a_run_that_broke_off_is_forgotten() -> None:
-    streamed = filled(0.0)
+    link = SlowLink()
+    streamed = filled(0.0, link=link)
     streamed.begin(range(6))
     streamed[0]
     streamed.end()
+    assert len(link.copies) == 2
+    assert all(copy.done for copy in link.copies)  # the second was under way, and its memory may be given back
     streamed.begin([4, 5])
     assert same(streamed[4], handle(4))
 
