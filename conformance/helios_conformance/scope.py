@@ -33,7 +33,7 @@ QUANTISED: Mapping[str, tuple[str, ...]] = {
 }
 """Ops that a precision has beyond those of its working dtype."""
 
-SHARED = frozenset({"sampler", "vae"})
+SHARED = frozenset({"sampler", "vae", "vae_half"})
 """Checks whose cases are those of the working dtype."""
 
 BESIDE = frozenset(

@@ -294,6 +294,7 @@ def _adaln_quantize_samples() -> list[Sample]:
         case("small", 7, 24, 3, b=2),
         case("outliers", 17, 183, 9, "outliers"),
         case("flat", 9, 64, 4, "flat"),
+        case("long", LONG, 16, 8190),
         case("stage2", STAGES["stage2"], 5120, 2400, big=True),
     ]
 
@@ -336,6 +337,7 @@ def _norm_quantize_samples() -> list[Sample]:
     return [
         case("small", 5, 24, b=2),
         case("outliers", 17, 183, "outliers"),
+        case("long", LONG, 16),
         case("stage2", 8640, 5120, "outliers", big=True),
     ]
 
@@ -372,6 +374,7 @@ def _quantized_attention_samples() -> list[Sample]:
         case("small", 2, 5, 5, 2, 16),
         case("odd", 1, 17, 33, 3, 6),
         case("head128", 1, 130, 257, 2, 128),
+        case("long_keys", 1, 65, LONG, 1, 64),
         Sample("outliers", tuple(Arg((1, n, 2, 64), "outliers", scale=0.3) for n in (33, 65, 65))),
         case("stage2", 1, STAGES["stage2"], STAGES["stage2"], 40, 128, True),
     ]

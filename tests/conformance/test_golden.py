@@ -16,7 +16,7 @@ from helios_conformance.budget import measure
 from helios_conformance.checks.blocks import blocks, samplers, vaes
 from helios_conformance.checks.model import trajectories
 from helios_conformance.draws import Root
-from helios_conformance.golden import Call, Interpreter, Scene, calls_of, golden, reference, rounded
+from helios_conformance.golden import Call, Interpreter, Scene, calls_of, golden, reference, rounded, working
 from helios_conformance.graph_runs import longest_sum
 from helios_conformance.scenes.vae import VaeBlocks, VaeVideo, blocks_of
 
@@ -35,9 +35,8 @@ SCENES: dict[str, Scene] = {
 @pytest.mark.parametrize("name", SCENES)
 def test_exact_operations_that_are_rounded_err_as_the_working_dtype_does(name: str) -> None:
     scene = SCENES[name]
-    dtype = scene.dtype("bf16")
-    oracle, came = golden(scene, ROOT, dtype).outputs, rounded(scene, ROOT, dtype)
-    theirs = reference(scene, ROOT, dtype)
+    oracle, came = golden(scene, ROOT, scene.dtype("bf16")).outputs, rounded(scene, ROOT, "bf16")
+    theirs = reference(scene, ROOT, "bf16")
     assert came.keys() == oracle.keys()
     for key, tensor in came.items():
         assert tensor.dtype == theirs[key].dtype
@@ -47,9 +46,10 @@ def test_exact_operations_that_are_rounded_err_as_the_working_dtype_does(name: s
         assert ours > 0.0 or known < 1e-7
 
 
-def by_backend(scene: Scene, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def by_backend(scene: Scene, precision: str) -> dict[str, torch.Tensor]:
     """The same calls through ``lower`` on the reference backend."""
-    program = lower(scene.graphs(dtype), ReferenceBackend())
+    dtype = scene.dtype(precision)
+    program = lower(working(scene, precision), ReferenceBackend())
     program.load(scene.weights(dtype))
     outputs = {}
     for call in calls_of(scene, ROOT, dtype):
@@ -61,13 +61,13 @@ def by_backend(scene: Scene, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8-attention", "fp8-weights"])
 @pytest.mark.parametrize("name", SCENES)
-def test_the_walk_gives_what_the_reference_backend_gives(name: str, dtype: torch.dtype) -> None:
+def test_the_walk_gives_what_the_reference_backend_gives(name: str, precision: str) -> None:
     scene = SCENES[name]
-    if scene.dtype("bf16") == torch.float32 and dtype != torch.float32:
+    if scene.dtype("bf16") == torch.float32 and precision != "fp32":
         pytest.skip("the autoencoder runs in float32")
-    ours, theirs = reference(scene, ROOT, dtype), by_backend(scene, dtype)
+    ours, theirs = reference(scene, ROOT, precision), by_backend(scene, precision)
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         assert tensor.dtype == theirs[key].dtype

@@ -10,7 +10,7 @@ import torch
 
 from helios import op
 from helios.backend import Kernel, ReferenceBackend, select
-from helios_conformance import execute, references, selection, suite
+from helios_conformance import execute, references, scope, selection, suite
 from helios_conformance.case import Case, Kept, Observation
 from helios_conformance.checks.op_values import inputs
 from helios_conformance.draws import Root
@@ -26,11 +26,15 @@ def cases(precision: str) -> list[Case]:
 
 
 def test_every_op_dtype_and_sample_is_a_case() -> None:
-    for precision in ("bf16", "fp32"):
-        listed = {c.id: c for c in suite.all_cases(precision) if c.check == "op_values"}
-        wanted = {f"{n}[{precision},{s.name}]": s.big for n in op.names() for s in op.get(n).samples()}
+    seen = set()
+    for precision in ("bf16", "fp32", "fp8", "fp8-attention", "fp8-weights"):
+        listed = {c.id: c for c in suite.all_cases(precision) if c.check == "op_values" and c.precision == precision}
+        names = scope.ops(precision)
+        seen.update(names)
+        wanted = {f"{n}[{precision},{s.name}]": s.big for n in names for s in op.get(n).samples()}
         assert listed.keys() == wanted.keys()
         assert all((listed[i].suite == "full") == big for i, big in wanted.items())
+    assert seen == set(op.names())
 
 
 def test_what_has_tokens_has_a_case_beyond_8192() -> None:

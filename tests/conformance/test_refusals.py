@@ -17,8 +17,8 @@ from helios.kernel_program import KernelProgram
 from helios.lower import compile_kernels
 from helios.passes import Plan
 from helios.program import EMPTY, Context, Program
-from helios_conformance import execute, references, suite
-from helios_conformance.case import Observation, Verdict
+from helios_conformance import execute, references, scope, suite
+from helios_conformance.case import PRECISIONS, Observation, Verdict
 from helios_conformance.draws import Root
 from helios_conformance.session import Session
 
@@ -31,28 +31,34 @@ def judged(case: str, backend: Backend) -> tuple[Observation, Verdict]:
 
 
 def of_check(check: str, precision: str = "bf16") -> list[str]:
-    return [case.id for case in suite.all_cases(precision) if case.check == check]
+    return [case.id for case in suite.all_cases(precision) if case.check == check and case.precision == precision]
 
 
 def test_there_is_a_case_for_every_error_of_every_record() -> None:
-    errors = [(name, e.name) for name in op.names() for e in op.get(name).error_cases()]
-    assert len(errors) >= 25
-    for precision in ("bf16", "fp32"):
+    assert len(of_check("op_refuses")) >= 25
+    seen = set()
+    for precision in PRECISIONS:
+        errors = [(name, e.name) for name in scope.ops(precision) for e in op.get(name).error_cases()]
+        seen.update(errors)
         wanted = {f"{name}[{precision},refuses,{error}]" for name, error in errors}
         assert set(of_check("op_refuses", precision)) == wanted
+    assert seen == {(name, e.name) for name in op.names() for e in op.get(name).error_cases()}
 
 
 def test_there_is_a_case_of_misfeeding_for_every_op_with_operands() -> None:
-    found = {case.partition("[")[0] for case in of_check("op_misfed")}
-    assert found == {name for name in op.names() if op.get(name).operands}
+    for precision in PRECISIONS:
+        found = {case.partition("[")[0] for case in of_check("op_misfed", precision)}
+        assert found == {name for name in scope.ops(precision) if op.get(name).operands}
 
 
-@pytest.mark.parametrize("case", of_check("op_refuses"))
+@pytest.mark.parametrize("case", [*of_check("op_refuses"), *of_check("op_refuses", "fp8-attention")])
 def test_the_records_refuse(case: str) -> None:
     assert judged(case, ReferenceBackend())[1].state == "pass"
 
 
-@pytest.mark.parametrize("case", of_check("op_misfed"))
+@pytest.mark.parametrize(
+    "case", [*of_check("op_misfed"), *of_check("op_misfed", "fp8-attention"), *of_check("op_misfed", "fp8-weights")]
+)
 def test_the_reference_refuses_and_goes_on(case: str) -> None:
     _, verdict = judged(case, ReferenceBackend())
     assert verdict.state == "pass", verdict.reason

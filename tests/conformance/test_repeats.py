@@ -15,8 +15,8 @@ import helios.ops  # noqa: F401
 from helios import op
 from helios.backend import Backend, Kernel, ReferenceBackend
 from helios.graph import Node
-from helios_conformance import execute, references, suite
-from helios_conformance.case import Observation, Verdict
+from helios_conformance import execute, references, scope, suite
+from helios_conformance.case import PRECISIONS, Observation, Verdict
 from helios_conformance.checks import op_repeats
 from helios_conformance.draws import Root
 from helios_conformance.session import Session
@@ -36,8 +36,9 @@ def judged(case: str, backend: Backend) -> tuple[Observation, Verdict]:
     return execute.run_here(suite.find(case), Session(backend, ROOT), REFERENCES)
 
 
-def of_check(check: str, full: bool = False) -> list[str]:
-    return [c.id for c in suite.all_cases("bf16") if c.check == check and (full or c.suite == "quick")]
+def of_check(check: str, full: bool = False, precision: str = "bf16") -> list[str]:
+    cases = [c for c in suite.all_cases(precision) if c.check == check and c.precision == precision]
+    return [c.id for c in cases if full or c.suite == "quick"]
 
 
 def silu(x: Tensor) -> Tensor:
@@ -49,15 +50,21 @@ def test_the_arithmetic_of_the_repeats() -> None:
 
 
 def test_every_op_with_operands_repeats_and_has_two_programs() -> None:
-    wanted = {name for name in op.names() if op.get(name).operands}
-    for check in ("op_repeats", "op_programs"):
-        assert {case.partition("[")[0] for case in of_check(check)} == wanted
-    assert len(of_check("op_repeats", full=True)) == 2 * len(wanted)
+    for precision in PRECISIONS:
+        wanted = {name for name in scope.ops(precision) if op.get(name).operands}
+        for check in ("op_repeats", "op_programs"):
+            assert {case.partition("[")[0] for case in of_check(check, precision=precision)} == wanted
+        assert len(of_check("op_repeats", True, precision)) == 2 * len(wanted)
     assert {"linear", "conv3d", "qkv_linear", "rms_norm"} <= {c.partition("[")[0] for c in of_check("op_step_weights")}
 
 
 @pytest.mark.parametrize(
-    "case", [*of_check("op_repeats"), *of_check("op_programs"), *of_check("op_step_weights"), RACE]
+    "case",
+    [
+        *(case for check in ("op_repeats", "op_programs", "op_step_weights") for case in of_check(check)),
+        *(case for p in ("fp8-attention", "fp8-weights") for case in of_check("op_repeats", precision=p)),
+        RACE,
+    ],
 )
 def test_the_reference_repeats(case: str) -> None:
     _, verdict = judged(case, ReferenceBackend())
