@@ -301,11 +301,11 @@ def test_without_diffusers_it_is_not_there(tmp_path: Path, monkeypatch: pytest.M
 
 def test_ours_and_theirs_are_compared_on_the_same_device_and_size(tmp_path: Path) -> None:
     part = script("part_diffusers")
-    film = {"status": "measured", "row": "14b", "fps": 20.0, "steps": [1, 1, 1]}
+    film = {"status": "measured", "row": "14b", "fps": 20.0, "steps": [1, 1, 1], "vae": "bf16"}
     lines = [{"header": {"device": H100}}, film, {**film, "steps": [2, 2, 2], "fps": 9.0}]
     (tmp_path / "realtime.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     theirs = {"status": "measured", "row": "14b", "column": "eager", "steps": [1, 1, 1], "fps": 8.0, "device": H100}
     theirs |= {"ms_median": 4125.0, "first_s": 4.5}
-    assert "20.00 FPS, 2.50 times" in "\n".join(part.report(tmp_path, [theirs]))
+    assert "VAE in bf16, theirs in fp32: 20.00 FPS, 2.50 times" in "\n".join(part.report(tmp_path, [theirs]))
     for other in ({"device": "NVIDIA H200"}, {"row": "mini"}):
         assert "times as fast" not in "\n".join(part.report(tmp_path, [{**theirs, **other}]))

@@ -63,6 +63,8 @@ def test_a_film_is_measured_and_profiled(tmp_path: Path) -> None:
     film = records["film/tiny/1-1-1"]
     assert film["fps"] == pytest.approx(33 / film["p50_s"])  # two chunks, so one is steady
     assert sum(film["split_s"].values()) <= film["p50_s"]
+    assert film["vae"] == "fp32"  # what this backend declares
+    assert "bf16, VAE in fp32: " in printed
     assert records["load/tiny"]["weights"].endswith("drawn on cpu")
     profile = records["profile/tiny/denoise.2"]
     assert sum(row["n"] for row in profile["ops"]) == profile["nodes"]

@@ -172,6 +172,7 @@ class Scene:
         record = summary(stamps, timings, chunk.frames.shape[1])
         memory = {"peak_allocated": allocator_peak(self.backend), "device_bytes": device_bytes(self.backend)}
         record |= memory | {"sensors": sensors.told(), "correct": not wrong, "steps": list(steps)}
+        record["vae"] = self.pipeline.vae_precision
         return record | ({"why": wrong} if wrong else {})
 
     def steps(self) -> Iterator[tuple[str, Callable[[], Any]]]:

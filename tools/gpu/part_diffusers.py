@@ -180,18 +180,21 @@ def report(out: Path, records: Sequence[Record]) -> Iterator[str]:
             yield f"{told}, {r['ms_median']:.0f} ms a chunk, first video of one chunk {r['first_s']:.2f} s"
             ours = _ours(out, r["row"], r["device"])
             if ours is not None:
-                yield f"   ours in this folder: {ours:.2f} FPS, {ours / r['fps']:.2f} times as fast"
+                fps, vae = ours
+                told = f"VAE in {vae}, theirs in fp32"
+                yield f"   ours in this folder, {told}: {fps:.2f} FPS, {fps / r['fps']:.2f} times as fast"
 
 
-def _ours(out: Path, size: str, device: str) -> float | None:
-    """Frames a second of *realtime* at the same steps, size and device; the last that stands in its log."""
+def _ours(out: Path, size: str, device: str) -> tuple[float, str] | None:
+    """Frames a second of *realtime* at the same steps, size and device, and in what its VAE decoded; the last that
+    stands in its log."""
     log, here, found = out / "realtime.jsonl", False, None
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
         entry = json.loads(line)
         if "header" in entry:
             here = entry["header"]["device"] == device
         elif here and entry.get("status") == "measured" and entry.get("steps") == STEPS and entry["row"] == size:
-            found = float(entry["fps"])
+            found = float(entry["fps"]), str(entry.get("vae", "fp32"))
     return found
 
 

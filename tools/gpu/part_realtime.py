@@ -107,8 +107,9 @@ def report(records: Sequence[Record]) -> Iterator[str]:
 
 def _film_lines(r: Record) -> Iterator[str]:
     parts = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in r["split_s"].items())
+    arithmetic = f"bf16, VAE in {r.get('vae', 'fp32')}"
     yield (
-        f"{r['row']} {r['steps']}, bf16: {r['fps']:.2f} FPS steady over {r['chunks'] - 1} chunks; "
+        f"{r['row']} {r['steps']}, {arithmetic}: {r['fps']:.2f} FPS steady over {r['chunks'] - 1} chunks; "
         f"p50 {1e3 * r['p50_s']:.0f} ms, p99 {1e3 * r['p99_s']:.0f} ms; first chunk {1e3 * r['first_s']:.0f} ms"
     )
     yield f"   ms a chunk: {parts}"
