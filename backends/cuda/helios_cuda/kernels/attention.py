@@ -19,6 +19,10 @@ stage 2, last block            8640   11040   1.953     403  3.01–3.26        
 stage 2, text                  8640     512   0.091     187  0.14–0.15         0.04
 ===========================  ======  ======  ======  ======  =========  ===========
 
+Beside the products, 3.84 at least at stage 2, exponentials take 1.32 ms (16 a cycle of each of 132 multiprocessors at
+1.755 GHz) and all instructions 1.36 (528 of each of 8 warps for 128 × 128 scores, 4 a cycle; counted in the binary of
+the first tile for sm_90): a third of the products' time, if they are not hidden behind them.
+
 So arithmetic decides everywhere, and libraries that overlap softmax with products are ahead of this kernel: it is what
 runs where none of them does (odd head sizes, float32, a torch without them). ``helios_cuda.attention`` chooses.
 """
