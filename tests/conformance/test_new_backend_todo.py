@@ -16,7 +16,7 @@ from helios.cli import main
 from helios.fit.costs import Setting, vae_flops
 from helios.fit.estimate import count_work
 from helios.model.presets import SIZES, VARIANTS
-from helios_conformance import bundle, suite, todo
+from helios_conformance import bundle, scope, suite, todo
 
 BARE: dict[str, Any] = {"fusions": []}
 
@@ -44,8 +44,19 @@ def test_the_order_is_that_of_the_shares(precision: str) -> None:
     assert [item.share for item in items] == sorted((item.share for item in items), reverse=True)
     assert items[0].op == "linear"
     assert {item.op for item in items[:3]} == {"linear", "attention", "conv3d"}
-    core = {name for name in op.names() if op.get(name).kind != "fused"}
+    core = {name for name in scope.ops(precision) if op.get(name).kind != "fused"}
     assert {item.op for item in items} == {name for name in core if op.get(name).operands}
+
+
+def test_a_quantised_precision_asks_for_its_products_beside_all_else() -> None:
+    items = todo.items(BARE, "fp8", nothing_runs("fp8"))
+    usual = {item.op for item in todo.items(BARE, "bf16", nothing_runs("bf16"))}
+    assert {item.op for item in items} == usual | {"quantize_rows", "scaled_linear"}
+    found = {item.op: item for item in items}
+    assert found["scaled_linear"].nodes > found["linear"].nodes, "only the first and the last block keep theirs"
+    assert found["scaled_linear"].share > 2 * found["linear"].share
+    assert found["scaled_linear"].largest.startswith("float8_e4m3fn[1,11040,")
+    assert found["scaled_linear"].case == "scaled_linear[fp8,small]"
 
 
 def test_each_item_says_where_to_begin() -> None:
