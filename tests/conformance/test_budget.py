@@ -197,7 +197,7 @@ def test_every_sum_has_its_length(name: str) -> None:
         if not sample.big:
             made = sample.make(F32)
             k = terms.of_tensors(record, made, sample.attrs)
-            assert k > 1 or name == "unipc_step"  # a composition of elementwise steps
+            assert k > 1 or name in ("unipc_step", "gelu_quantize")  # compositions of elementwise steps, and a maximum
             assert k >= terms.terms(record, types_of(made), sample.attrs)
 
 
