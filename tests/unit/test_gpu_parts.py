@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import signal
 import sys
@@ -70,6 +71,9 @@ def test_a_floor_is_the_longer_of_arithmetic_and_memory(tmp_path: Path) -> None:
     assert known.floor("qkv_linear", torch.bfloat16, 7 * 10**11, 3 * 10**9) == pytest.approx(1.0)
     assert known.floor("qkv_linear", torch.bfloat16, 7 * 10**11, 6 * 10**9) == pytest.approx(2.0)
     assert known.floor("conv3d", torch.float32, 7 * 10**11, 3 * 10**9) == pytest.approx(1.0)  # its rate is unknown
+    assert known.floor("quantized_linear", torch.bfloat16, 7 * 10**11, 0) == pytest.approx(0.5)  # of e4m3 numbers
+    assert known.floor("packed_linear", torch.bfloat16, 7 * 10**11, 0) == pytest.approx(1.0)
+    assert known.flops["attention", "float8_e4m3fn"] == 2 * 989e12  # not measured
 
 
 # --- forms and tiles --------------------------------------------------------------------------------------------------
@@ -82,6 +86,9 @@ def test_an_operand_is_made_as_it_lies() -> None:
     made = layout.made(torch.device("cpu"))
     assert forms.Layout.of(made) == layout
     assert 0.5 < float(made.float().std()) < 2
+    numbers = forms.Layout.of(torch.zeros(4, 256, dtype=torch.float8_e4m3fn)[:, 3:]).made(torch.device("cpu"))
+    assert numbers.stride() == (256, 1)
+    assert 300 < float(numbers.float().abs().max()) <= 448
     assert forms.Layout.of(torch.zeros(3, dtype=torch.int64)).made(torch.device("cpu")).tolist() == [0, 0, 0]
 
 
@@ -161,11 +168,18 @@ def test_at_real_sizes_every_op_is_judged() -> None:
     judged = script("judged")
     rig = script("rig").Rig(torch.device("cuda", 0), False, H100)
     backend = ReferenceBackend()
-    quick, full = list(judged.first(rig, backend, "bf16")), list(judged.everything(rig, backend, "bf16"))
-    assert {item.row for item in quick} == set(op.names())
-    ids = [item.id for item in (*quick, *full)]
+    precisions = ("bf16", "fp8-attention", "fp8-weights")
+    quick = {precision: list(judged.first(rig, backend, precision)) for precision in precisions}
+    full = [item for precision in precisions for item in judged.everything(rig, backend, precision)]
+    rows = {precision: {item.row for item in items} for precision, items in quick.items()}
+    assert set.union(*rows.values()) == set(op.names())
+    assert not rows["bf16"] & (rows["fp8-attention"] | rows["fp8-weights"])  # what is not quantised is judged once
+    assert "scaled_attention" in rows["fp8-attention"]
+    assert {"dequantize_rows", "packed_linear"} <= rows["fp8-weights"]
+    ids = [item.id for item in (*itertools.chain(*quick.values()), *full)]
     assert len(ids) == len(set(ids))
     assert "suite/bf16 full/attention[bf16,stage2]" in ids
+    assert "suite/fp8-attention full/scaled_attention[fp8-attention,stage2]" in ids
 
 
 # --- films ------------------------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ def forms(rig: Any) -> list[Any]:
     made = script("forms")
     graphs = dict(made.plan_nodes(False))
     graphs["decode fp32"] = made.plan_nodes(False, torch.float32)["decode"]
+    for name in script("speeds").QUANTISED:
+        graphs |= {f"{graph} {name}": nodes for graph, nodes in made.plan_nodes(False, name=name).items()}
     found: list[Any] = made.forms(graphs, "sm_90")
     return found
 
@@ -88,10 +90,62 @@ def test_every_form_of_a_chunk_can_be_timed(rig: Any, forms: list[Any], tmp_path
     graphs = script("forms").plan_nodes(False)
     whole = sum(count * op.cost(node).flops for name, count in speeds.STEPS.items() for node in graphs[name].nodes)
     assert sum(r["a_chunk"] * r["flops"] for r in records) == whole
+    for name in speeds.QUANTISED:
+        graphs = script("forms").plan_nodes(False, name=name)
+        whole = sum(n * op.cost(node).flops for g, n in speeds.STEPS.items() if g in graphs for node in graphs[g].nodes)
+        rest = [r for r in records if "decode" not in r["counts"]]
+        assert sum(speeds.times(r["counts"], name) * r["flops"] for r in rest) == whole
     table = list(speeds.report([{**r, "ms_median": 2 * r["floor_ms"]} for r in records]))
-    assert "decoding in fp32" in table[-1]
+    assert [line.split(":")[0] for line in table[-5:]] == [
+        *("a chunk, decoded in bf16", "   of which decoding", "decoding in fp32"),
+        *(f"a chunk in {name}, decoded in bf16" for name in speeds.QUANTISED),
+    ]
     assert table[2].startswith("attention 1×11040×40×128 1×11040×40×128 bfloat16")
-    assert len(table) == speeds.ROWS + 5
+    at = table.index(next(line for line in table if line.startswith("-- ops that fp8-attention has beside")))
+    assert at == speeds.ROWS + 2
+    assert table[at + 2].startswith("quantized_attention 1×11040×40×128 1×11040×40×128 bfloat16")
+
+
+def test_quantised_ops_have_the_floor_of_what_they_hold_and_multiply(forms: list[Any], tmp_path: Path) -> None:
+    rates = script("rates").of_device(H100, tmp_path)
+    sheet = rates.flops["products", "bfloat16"]
+    by_op: dict[str, Any] = {}
+    for form in sorted(forms, key=lambda form: form.moved):
+        by_op[form.node.op] = form  # the largest
+    # adaln_quantize would stand in the first block alone, which stays in bf16.
+    fused = {"gated_add_adaln_quantize", "gelu_quantize", "layer_norm_quantize", "quantize_rows"}
+    assert fused | {"packed_linear", "quantized_attention", "quantized_linear", "quantized_qkv_linear"} <= set(by_op)
+    up = by_op["quantized_qkv_linear"]
+    assert up.moved == 11040 * (5120 + 4) + 3 * 5120 * (5120 + 4 + 2) + 2 * 3 * 11040 * 5120
+    busy = 1e3 * up.flops / (2 * sheet)
+    assert rates.floor(up.node.op, up.dtype, up.flops, up.moved) == pytest.approx(busy)
+    packed = next(form for form in forms if form.node.op == "packed_linear")
+    assert rates.floor(packed.node.op, packed.dtype, 10**15, 0) == pytest.approx(1e3 * 10**15 / sheet)
+    assert by_op["gelu_quantize"].moved == 11040 * (3 * 13824 + 4)
+    assert by_op["gated_add_adaln_quantize"].moved >= 11040 * (7 * 5120 + 4)
+    assert by_op["quantize_rows"].moved == 11040 * (3 * 5120 + 4)
+
+
+def test_quantised_operands_are_made_finite_with_positive_scales(forms: list[Any]) -> None:
+    form = next(f for f in forms if f.node.op == "quantized_linear" and f.operands[0].shape[1] == 540)
+    x, scale, weight, _ = form.made(torch.device("cpu"))
+    assert x.dtype == torch.float8_e4m3fn
+    assert 100 < float(x.float().abs().max()) <= 448
+    assert bool((scale > 0).all())
+    assert float(weight.float().std()) < 1
+
+
+def test_forms_are_found_without_what_was_chosen_before(forms: list[Any]) -> None:
+    """A library that a GPU chose could not run without memory; and nothing is recorded in its place."""
+    from helios_cuda import scaled
+
+    made = script("forms")
+    form = next(f for f in forms if f.node.op == "quantized_linear")
+    key = str(scaled.Form.of(form.node))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaled.CHOICES, "record", {key: {"variant": "torch"}})
+        assert [launch.kernel.name for launch in made.launches(form, made.plain_kernels()[form.node.op], "sm_90")]
+        assert scaled.CHOICES.record == {key: {"variant": "torch"}}
 
 
 @pytest.mark.usefixtures("once")
@@ -109,9 +163,9 @@ def test_every_candidate_of_every_kernel_can_be_tried(rig: Any, forms: list[Any]
             assert len(launched) > before
             assert (last.kernel.name, last.key) == (records[-1]["kernel"], records[-1]["key"])
             assert tuning.told(last.tile) == records[-1]["tile"]
-    assert {"attention", "residual_norm", "qk_rope", "conv3d_broad", "conv3d_boxes_broad"} <= {
-        r["kernel"] for r in records
-    }
+    tried = {r["kernel"] for r in records}
+    assert {"attention", "residual_norm", "qk_rope", "conv3d_broad", "conv3d_boxes_broad"} <= tried
+    assert {"norm_quantize", "quantize", "residual_norm_quantize", "scaled_linear"} <= tried
     made = tuning.table(records, "a test")
     assert {(kernel, key) for kernel, rows in made.items() for key in rows} == {(j.kernel.name, j.key) for j in jobs}
 
@@ -130,6 +184,8 @@ def test_what_is_listed_on_a_gpu_is_named_once_and_in_the_order_of_value(
         names = [item.id for item in part._items(rig, args, results)]
         assert len(names) == len(set(names))
         groups = list(dict.fromkeys("/".join(name.split("/")[: 2 if name[:5] == "suite" else 1]) for name in names))
-        suite = ["suite/bf16 quick", "execution", "choice", "speed"]
-        rest = ["suite/fp32 quick", "suite/bf16 full", "suite/fp32 full"]
+        quantised = ["suite/fp8-attention quick", "suite/fp8-weights quick"]
+        suite = ["suite/bf16 quick", "execution", *quantised, "choice", "speed"]
+        full = [f"suite/{precision} full" for precision in ("bf16", "fp8-attention", "fp8-weights", "fp32")]
+        rest = ["suite/fp32 quick", *full]
         assert groups == (["tune", *suite, *rest] if tune else [*suite, "tune", *rest])

@@ -20,16 +20,19 @@ from torch import Tensor
 from helios import op
 from helios.backend import Kernel
 from helios.fit.costs import LATENT_FRAMES
-from helios.graph import Graph, Node
+from helios.graph import Graph, Node, Value
 from helios.lower import plan_for
 from helios.model.vae import decode_graph
 from helios.pipeline.denoise import Layout as RunLayout
 from helios.pipeline.denoise import denoise_graphs
 from helios.pipeline.history import Window
-from helios_cuda import CudaBackend, convolution, offline, tables
+from helios.precision import precision
+from helios_cuda import CudaBackend, convolution, offline, scaled, tables
 from helios_cuda.launch import Launch, recording
 
-__all__ = ["Form", "Layout", "call_of", "forms", "heaviest", "launches", "plain_kernels", "plan_nodes"]
+__all__ = ["Form", "Layout", "call_of", "forms", "heaviest", "launches", "plain_kernels", "plan_nodes", "saved"]
+
+E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,9 +55,11 @@ class Layout:
         return self.offset + 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True) if n)
 
     def made(self, device: torch.device, scale: float = 1.0) -> Tensor:
-        """A tensor that lies so: normal numbers by ``scale``; whole numbers are zeros."""
+        """A tensor that lies so: normal numbers by ``scale``, of e4m3 up to the largest; whole numbers are zeros."""
         memory = torch.empty(self.extent, device=device, dtype=self.dtype)
-        if self.dtype.is_floating_point and device.type != "meta":
+        if self.dtype == E4M3 and device.type != "meta":
+            memory.copy_(torch.empty(self.extent, device=device).normal_().mul_(LARGEST / 4).clamp_(-LARGEST, LARGEST))
+        elif self.dtype.is_floating_point and device.type != "meta":
             memory.normal_().mul_(scale)
         elif device.type != "meta":
             memory.zero_()
@@ -100,37 +105,47 @@ class Form:
         return f"{self.node.op} {sizes} {dtype} {hashlib.sha256(told.encode()).hexdigest()[:4]}"
 
     def made(self, device: torch.device) -> list[Any]:
-        """Operands: matrices and kernels of the scale that keeps their results near one."""
+        """Operands: matrices and kernels of the scale that keeps their results near one; positive scales of rows."""
         names = [operand.name for operand in op.get(self.node.op).operands]
+        numbers = any(isinstance(x, Layout) and x.dtype == E4M3 for x in self.operands)
 
         def one(name: str, layout: Operand) -> Any:
             if isinstance(layout, tuple):
                 return [x.made(device) for x in layout]
             if layout is None:
                 return None
+            if numbers and name.endswith("scale"):
+                return layout.made(device, 4 / LARGEST).abs_()
             weight = name.startswith("w") and len(layout.shape) > 1
             return layout.made(device, math.prod(layout.shape[1:]) ** -0.5 if weight else 1.0)
 
         return [one(name, layout) for name, layout in zip(names, self.operands, strict=False)]
 
 
-def plan_nodes(tiny: bool, vae: torch.dtype = torch.bfloat16) -> Mapping[str, Graph]:
-    """The graphs of a chunk as the CUDA backend gets them, by name; the decoder's, ``decode``, in the dtype ``vae``."""
-    setting = shapes.setting(tiny)
+def plan_nodes(tiny: bool, vae: torch.dtype = torch.bfloat16, name: str = "bf16") -> Mapping[str, Graph]:
+    """The graphs of a chunk as the CUDA backend gets them, by name; the decoder's, ``decode``, in the dtype ``vae``.
+
+    Args:
+        name: of the transformer's precision; a quantised one has no graph of the decoder beside that of its dtype.
+    """
+    setting, of = shapes.setting(tiny), precision(name)
     variant = setting.variant
     layout = RunLayout(setting.batch, *setting.latent, setting.text_tokens, Window())
-    graphs = denoise_graphs(setting.size.transformer, variant.scheduler, variant.pipeline, layout, setting.dtype)
+    graphs = denoise_graphs(setting.size.transformer, variant.scheduler, variant.pipeline, layout, of)
     sizes = {"batch": setting.batch, "height": setting.height, "width": setting.width}
-    graphs["decode"] = decode_graph(
-        setting.size.vae, latents=LATENT_FRAMES, dtype=vae, first=True, caches=False, **sizes
-    )
+    if not of.quantised:
+        graphs["decode"] = decode_graph(
+            setting.size.vae, latents=LATENT_FRAMES, dtype=vae, first=True, caches=False, **sizes
+        )
     plan = plan_for(graphs, CudaBackend())
     return {name: graph for name, graph in plan.graphs.items() if name not in ("weights", "prompt")}
 
 
 def plain_kernels() -> dict[str, Kernel]:
-    """The backend's kernels, with convolutions always by our own: a replay must choose and record nothing."""
+    """The backend's kernels, with convolutions and products of e4m3 numbers always by our own: a replay must choose and
+    record nothing."""
     kernels = dict(CudaBackend().kernels)
+    kernels |= {name: _unrecorded(kernels[name]) for name in scaled.OPS}
     conv = convolution.KERNELS["conv3d"]
 
     def run(w: Any, x: Tensor, *, stride: tuple[int, int, int], padding: tuple[int, int, int]) -> Any:
@@ -139,19 +154,44 @@ def plain_kernels() -> dict[str, Kernel]:
     return {**kernels, "conv3d": Kernel(run, conv.prepare, conv.weights)}
 
 
+def _unrecorded(kernel: Kernel) -> Kernel:
+    def run(*operands: Any, **attributes: Any) -> Any:
+        known, scaled.CHOICES.record = scaled.CHOICES.record, {}
+        try:
+            return kernel.run(*operands, **attributes)
+        finally:
+            scaled.CHOICES.record = known
+
+    return Kernel(run, kernel.prepare, kernel.weights)
+
+
 def forms(graphs: Mapping[str, Graph], architecture: str) -> list[Form]:
     """Every form of some graphs that moves or computes anything, with how often each graph has it."""
     found: dict[str, Form] = {}
     seen: list[tuple[Operand, ...]] = []
-    spies = {name: _spy(name, kernel, seen) for name, kernel in plain_kernels().items()}
+    kernels = plain_kernels()
+    spies = {name: _spy(name, kernel, seen) for name, kernel in kernels.items()}
     with tables.assumed(architecture):
         for graph_name, graph in graphs.items():
             for ran in offline.replay(graph, spies):
                 if ran.node.inputs and (ran.moved or op.cost(ran.node).flops):
-                    form = Form(ran.node, seen[-1], ran.moved)
+                    form = Form(ran.node, seen[-1], ran.moved - saved(ran.node, kernels[ran.node.op].weights))
                     found.setdefault(form.name, form).counts[graph_name] += 1
                 seen.clear()
     return list(found.values())
+
+
+def saved(node: Node, weights: Sequence[str]) -> int:
+    """Bytes that it reads less than its operands have, since matrices are held as e4m3 numbers and scales of rows.
+
+    Args:
+        weights: names of the operands that are taken at load.
+    """
+    if node.op not in ("packed_linear", "quantized_linear", "quantized_qkv_linear"):
+        return 0
+    named = zip((operand.name for operand in op.get(node.op).operands), node.inputs, strict=False)
+    held = [x.type for name, x in named if name in weights and isinstance(x, Value) and len(x.shape) == 2]
+    return sum(x.nbytes - math.prod(x.shape) - 4 * x.shape[0] for x in held)
 
 
 def _spy(name: str, kernel: Kernel, seen: list[tuple[Operand, ...]]) -> Kernel:
@@ -180,9 +220,12 @@ def call_of(name: str, kernel: Kernel, operands: Sequence[Any], attributes: Mapp
 
 
 def launches(form: Form, kernel: Kernel, architecture: str) -> list[Launch]:
-    """What one way to run a form launches; nothing runs."""
-    with tables.assumed(architecture), recording() as noted, torch.no_grad():
-        call_of(form.node.op, kernel, form.made(torch.device("meta")), form.node.attributes)()
+    """What one way to run a form launches, beside what it prepares once; nothing runs."""
+    with tables.assumed(architecture), torch.no_grad():
+        with recording():
+            call = call_of(form.node.op, kernel, form.made(torch.device("meta")), form.node.attributes)
+        with recording() as noted:
+            call()
     return noted
 
 

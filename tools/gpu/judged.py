@@ -11,8 +11,8 @@ from results import Item, Record
 from rig import Rig
 
 from helios.backend import Backend, select
-from helios_conformance import execute, references, suite
-from helios_conformance.case import Case
+from helios_conformance import execute, references, scope, suite
+from helios_conformance.case import Case, Suite
 from helios_conformance.draws import Root
 from helios_conformance.session import Session
 
@@ -24,8 +24,9 @@ ROOT = Root(0, "gpu")
 
 
 def first(rig: Rig, backend: Backend, precision: str) -> Iterator[Item]:
-    """Each op's cases of the quick suite, an item an op."""
-    listed = [case for case in suite.choose(precision, "quick", ["ops"]) if _taken(rig, case)]
+    """Each op's cases of the quick suite, an item an op; of a precision that quantises the quantised ops, since others
+    have the cases of its dtype."""
+    listed = [case for case in _cases(precision, "quick") if _taken(rig, case)]
     for name, cases in itertools.groupby(sorted(listed, key=_op), _op):
         found = tuple(cases)
         yield _item(backend, f"suite/{precision} quick/{name}", name, f"{precision} quick", found, 10.0)
@@ -33,10 +34,15 @@ def first(rig: Rig, backend: Backend, precision: str) -> Iterator[Item]:
 
 def everything(rig: Rig, backend: Backend, precision: str) -> Iterator[Item]:
     """What the full suite has beyond, real sizes among it, an item a case."""
-    quick = {case.id for case in suite.choose(precision, "quick", ["ops"])}
-    for case in suite.choose(precision, "full", ["ops"]) if not rig.tiny else ():
+    quick = {case.id for case in _cases(precision, "quick")}
+    for case in _cases(precision, "full") if not rig.tiny else ():
         if case.id not in quick:
             yield _item(backend, f"suite/{precision} full/{case.id}", case.id, f"{precision} full", (case,), 20.0)
+
+
+def _cases(precision: str, which: Suite) -> list[Case]:
+    own = scope.dtype_scope(precision) == precision
+    return [c for c in suite.choose(precision, which, ["ops"]) if own or c.params.get("op") in scope.ops(precision)]
 
 
 def _op(case: Case) -> str:

@@ -2,9 +2,10 @@
 
     tools/on_gpu.sh kernels [--tune] [--device cpu --tiny] [--budget SECONDS] [--out FOLDER]
 
-In the order of value: the quick suite in bf16, captured steps, the libraries that are chosen, every op's time, tiles,
-the quick suite in fp32, the full suite. ``--tune`` takes the tiles first. ``sm_90.json`` in the folder is the table of
-what was tuned, for ``backends/cuda/helios_cuda/tables``; nothing of it is used before it stands there.
+In the order of value: the quick suite in bf16, captured steps, the quick suite of the quantised ops, the libraries that
+are chosen, every op's time, tiles, the quick suite in fp32, the full suite. ``--tune`` takes the tiles first.
+``sm_90.json`` in the folder is the table of what was tuned, for ``backends/cuda/helios_cuda/tables``; nothing of it is
+used before it stands there.
 """
 
 from __future__ import annotations
@@ -63,19 +64,21 @@ def _items(rig: Rig, args: argparse.Namespace, results: Results) -> Iterator[Ite
         yield from plan.tiles()
     yield from judged.first(rig, backend, "bf16")
     yield from judged.execution(rig)
+    for precision in ("fp8-attention", "fp8-weights") if not rig.tiny else ():
+        yield from judged.first(rig, backend, precision)
     yield from plan.choices(results)
     yield from plan.speeds(results)
     if not args.tune:
         yield from plan.tiles()
     for precision in ("fp32",) if not rig.tiny else ():
         yield from judged.first(rig, backend, precision)
-    for precision in ("bf16", "fp32"):
+    for precision in ("bf16", "fp8-attention", "fp8-weights", "fp32"):
         yield from judged.everything(rig, backend, precision)
 
 
 class _Plan:
-    """The forms of a chunk, found when first asked for: with the VAE in bf16, then its own in fp32, as the pipeline
-    decodes today."""
+    """The forms of a chunk, found when first asked for: with the VAE in bf16, then its own in fp32, then of the
+    precisions that quantise."""
 
     def __init__(self, rig: Rig, args: argparse.Namespace, backend: Any) -> None:
         self.rig, self.backend = rig, backend
@@ -91,12 +94,15 @@ class _Plan:
         """Heaviest first."""
         if not self._forms:
             import forms
+            import speeds
 
             graphs = dict(forms.plan_nodes(self.rig.tiny))
             if self.rig.tiny:
                 graphs = {"denoise.0": graphs["denoise.0"]}
             else:
                 graphs["decode fp32"] = forms.plan_nodes(False, torch.float32)["decode"]
+                for name in speeds.QUANTISED:
+                    graphs |= {f"{graph} {name}": nodes for graph, nodes in forms.plan_nodes(False, name=name).items()}
             found = forms.forms(graphs, self.architecture)
             self._forms = list(forms.heaviest(found, self._floor))
             if self.rig.tiny:

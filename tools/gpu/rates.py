@@ -13,10 +13,13 @@ from results import Record
 
 from helios.fit.devices import recognise
 
-__all__ = ["Rates", "kind_of", "of_device"]
+__all__ = ["Rates", "kind_of", "numbers_of", "of_device"]
 
 GROUPS = {"gemm": "products", "attention": "attention", "vae": "convolutions"}
 """Groups of *ceilings*, by what multiplies in them."""
+
+
+E4M3 = "float8_e4m3fn"
 
 
 def kind_of(op: str) -> str:
@@ -28,6 +31,18 @@ def kind_of(op: str) -> str:
     if op.endswith("attention"):
         return "attention"
     return "convolutions" if "conv" in op else "products"
+
+
+def numbers_of(op: str, dtype: torch.dtype) -> str:
+    """What numbers it multiplies.
+
+    Args:
+        dtype: of its result.
+
+    >>> numbers_of("quantized_linear", torch.bfloat16), numbers_of("packed_linear", torch.bfloat16)
+    ('float8_e4m3fn', 'bfloat16')
+    """
+    return E4M3 if op.startswith(("quantized_", "scaled_")) else str(dtype).removeprefix("torch.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +61,7 @@ class Rates:
 
     def floor(self, op: str, dtype: torch.dtype, flops: int, moved: int) -> float | None:
         """Milliseconds: by arithmetic or by memory, whichever is longer; None where neither rate is known."""
-        rate = self.flops.get((kind_of(op), str(dtype).removeprefix("torch.")), 0.0) if flops else 0.0
+        rate = self.flops.get((kind_of(op), numbers_of(op, dtype)), 0.0) if flops else 0.0
         busy = flops / rate if rate else 0.0
         wait = moved / self.memory if self.memory else 0.0
         return 1e3 * max(busy, wait) or None
@@ -60,7 +75,8 @@ def of_device(name: str, out: Path) -> Rates:
     known = recognise(name)
     if known is None:
         return Rates(flops, memory, "measured by ceilings" if found else "nothing is known of this device")
-    sheet = {(kind, dtype): known.peak for kind in GROUPS.values() for dtype in ("bfloat16", "float16") if known.peak}
+    faster = {"bfloat16": 1, "float16": 1, E4M3: 2}  # where tensor cores multiply them, twice as many
+    sheet = {(kind, dtype): n * known.peak for kind in GROUPS.values() for dtype, n in faster.items() if known.peak}
     lacks = [kind for kind in GROUPS.values() if (kind, "bfloat16") not in flops] + ["memory"] * (not memory)
     source = "measured by ceilings" if not lacks else f"data sheet of {known.title} for {', '.join(lacks)}"
     return Rates({**sheet, **flops}, memory or known.bandwidth, source)

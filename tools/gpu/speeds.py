@@ -17,40 +17,55 @@ from timing import measure, rotations
 from torch import Tensor
 
 from helios.errors import BackendError
-from helios_cuda import CudaBackend, convolution
+from helios_cuda import CudaBackend, convolution, scaled
 from helios_cuda.arithmetic import as_declared
 from helios_cuda.attention_libraries import Form as AttentionForm
 from helios_cuda.attention_libraries import describe
 
-__all__ = ["STEPS", "choices", "nbytes_of", "recall", "report", "speeds", "times"]
+__all__ = ["QUANTISED", "STEPS", "choices", "nbytes_of", "recall", "report", "speeds", "times"]
 
 STEPS = {
     **dict.fromkeys(("chunk", "shrink", "enter.1", "enter.2", "decode"), 1),
     **{f"{kind}.{i}": 1 for kind in ("denoise", "step") for i in range(3)},
 }
 """How often a chunk at [1, 1, 1] runs each graph, without guidance."""
+QUANTISED = ("fp8-attention", "fp8-weights")
+"""Precisions whose denoising is measured beside that in bf16; their graphs are named ``denoise.0 fp8-weights``."""
 ROWS = 25
 
-Key: TypeAlias = "AttentionForm | convolution.Form"
+Key: TypeAlias = "AttentionForm | convolution.Form | scaled.Form"
 
 
-def times(form: Form) -> int:
-    """Nodes of this form in a chunk at [1, 1, 1]."""
-    return sum(STEPS.get(graph, 0) * count for graph, count in form.counts.items())
+def times(counts: Mapping[str, int], precision: str = "") -> int:
+    """Nodes in a chunk at [1, 1, 1].
+
+    Args:
+        counts: how many each graph has.
+        precision: that quantises; none for bf16.
+    """
+    named = f" {precision}" if precision else ""
+    return sum(n * counts.get(graph if graph == "decode" else graph + named, 0) for graph, n in STEPS.items())
 
 
 def _key(form: Form) -> Key | None:
     """What the backend chooses a library for; None for other ops."""
     if form.node.op == "attention":
         return AttentionForm.of(*form.node.inputs[:2])  # type: ignore[arg-type]
+    if form.node.op in scaled.OPS:
+        return scaled.Form.of(form.node)
     return convolution.Form.of(form.node) if form.node.op == "conv3d" else None
 
 
+def _kind(form: Form) -> str:
+    """As plans call what is chosen."""
+    return {"attention": "attention", "conv3d": "convolution"}.get(form.node.op, "scaled")
+
+
 def choices(rig: Rig, backend: CudaBackend, forms: Sequence[Form]) -> Iterator[Item]:
-    """Attention, then convolutions: each library measured, and which is chosen."""
+    """Attention, convolutions, then products of e4m3 numbers: each library measured, and which is chosen."""
     keyed = {str(key): (form, key) for form in forms if (key := _key(form)) is not None}
     for name, (form, key) in sorted(keyed.items(), key=lambda entry: entry[1][0].node.op):
-        kind = "attention" if form.node.op == "attention" else "convolution"
+        kind = _kind(form)
         yield Item(
             f"choice/{kind}/{name}",
             "which library",
@@ -68,8 +83,9 @@ def _choose(rig: Rig, backend: CudaBackend, kind: str, key: Any) -> Record:
         backend.attention.settle([key])
         entry = backend.attention.plan[str(key)]
         return {"chosen": entry["library"], "ms": entry["ms"], "why_not": entry["refused"], "entry": entry}
-    convolution.settle([key], backend.device, str(describe(backend.device)))
-    entry = convolution.CHOICES.record[str(key)]
+    library = scaled if kind == "scaled" else convolution
+    library.settle([key], backend.device, str(describe(backend.device)))
+    entry = library.CHOICES.record[str(key)]
     ms = {name: 1e3 * seconds for name, seconds in entry["seconds"].items()}
     return {"chosen": entry["variant"], "ms": ms, "why_not": entry["why_not"], "entry": entry}
 
@@ -96,7 +112,7 @@ def speeds(rig: Rig, backend: CudaBackend, forms: Sequence[Form], rates: Rates) 
             functools.partial(_measure, rig, backend, form, floor, rates.source),
             seconds=6.0,
             counts=dict(form.counts),
-            fields={"dtype": str(form.dtype).removeprefix("torch."), "a_chunk": times(form)},
+            fields={"dtype": str(form.dtype).removeprefix("torch."), "a_chunk": times(form.counts)},
         )
 
 
@@ -124,6 +140,8 @@ def _settle(backend: CudaBackend, form: Form) -> None:
         backend.attention.settle([key])
     elif backend.device.type == "cuda" and form.node.op == "conv3d":
         convolution.settle([key], backend.device, str(describe(backend.device)))
+    elif backend.device.type == "cuda" and form.node.op in scaled.OPS:
+        scaled.settle([key], backend.device, str(describe(backend.device)))
 
 
 def nbytes_of(x: Any) -> int:
@@ -135,12 +153,15 @@ def nbytes_of(x: Any) -> int:
 
 def _finite(result: Any) -> bool:
     results = result if isinstance(result, tuple) else (result,)
-    return all(bool(torch.isfinite(x).all()) for x in results)
+    return all(bool(torch.isfinite(x.float() if x.itemsize == 1 else x).all()) for x in results)
 
 
 def report(records: Sequence[Record]) -> Iterator[str]:
     """What takes the most of a chunk, and which libraries serve."""
-    yield from _speed_table([r for r in records if r["id"].startswith("speed/") and r["status"] == "measured"])
+    measured = [r for r in records if r["id"].startswith("speed/") and r["status"] == "measured"]
+    for precision in ("", *QUANTISED):
+        yield from _speed_table(measured, precision)
+    yield from _sums(measured) if measured else ()
     chosen = [r for r in records if r["id"].startswith("choice/") and r["status"] == "measured"]
     if chosen:
         yield "-- libraries chosen, ms of each that is right"
@@ -149,19 +170,26 @@ def report(records: Sequence[Record]) -> Iterator[str]:
         yield f"{record['row']}: {record['chosen']} ({ms})"
 
 
-def _speed_table(found: Sequence[Record]) -> Iterator[str]:
+def _speed_table(records: Sequence[Record], precision: str) -> Iterator[str]:
+    """What takes the most in a precision; of those that quantise, only ops that bf16 does not have."""
+    count: Callable[[Record], int] = lambda r: times(r["counts"], precision)  # noqa: E731
+    found = [r for r in records if not precision or (count(r) and not r["a_chunk"])]
     if not found:
         return
-    in_chunk: Callable[[Record], float] = lambda r: r["a_chunk"] * r["ms_median"]  # noqa: E731
-    yield f"-- ops of a chunk at [1,1,1], single launches between events; floor: {found[0]['floor_source']}"
+    in_chunk: Callable[[Record], float] = lambda r: count(r) * r["ms_median"]  # noqa: E731
+    what = f"ops that {precision} has beside" if precision else "ops of a chunk at [1,1,1]"
+    yield f"-- {what}, single launches between events; floor: {found[0]['floor_source']}"
     yield f"{'form':58} {'n':>4} {'ms':>8} {'floor':>8} {'share':>6} {'GB/s':>6} {'TFLOP/s':>8} {'ms a chunk':>10}"
     ordered = sorted(found, key=in_chunk, reverse=True)
     for r in ordered[:ROWS]:
         floor, share = (f"{r[k]:.3f}" if r[k] is not None else "-" for k in ("floor_ms", "share"))
         tflops = f"{r['tflops']:.1f}" if r["tflops"] else ""
-        figures = f"{r['a_chunk']:4} {r['ms_median']:8.3f} {floor:>8} {share:>6} {r['gbps']:6.0f} {tflops:>8}"
+        figures = f"{count(r):4} {r['ms_median']:8.3f} {floor:>8} {share:>6} {r['gbps']:6.0f} {tflops:>8}"
         yield f"{r['row'][:58]:58} {figures} {in_chunk(r):10.2f}"
-    yield from _sums(found)
+
+
+def _times_in(precision: str, record: Record) -> int:
+    return times(record["counts"], precision)
 
 
 def _sums(found: Sequence[Record]) -> Iterator[str]:
@@ -170,6 +198,7 @@ def _sums(found: Sequence[Record]) -> Iterator[str]:
         ("a chunk, decoded in bf16", lambda r: r["a_chunk"]),
         ("   of which decoding", lambda r: r["counts"].get("decode", 0)),
         ("decoding in fp32", lambda r: r["counts"].get("decode fp32", 0)),
+        *((f"a chunk in {name}, decoded in bf16", functools.partial(_times_in, name)) for name in QUANTISED),
     )
     for what, count in sums:
         rows = [(count(r), r["ms_median"], r["floor_ms"] or 0.0) for r in found]

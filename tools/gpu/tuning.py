@@ -14,11 +14,12 @@ import torch
 from forms import Form, call_of, launches, plain_kernels
 from results import Item, Record
 from rig import Rig, error_of
-from speeds import nbytes_of, times
+from speeds import QUANTISED, nbytes_of, times
 from timing import measure, rotations
 from torch import Tensor
 
 from helios.backend import Kernel
+from helios_cuda import scaled
 from helios_cuda.kernels import KERNELS, conv_boxes
 from helios_cuda.kernels.layouts import channels_last
 from helios_cuda.launch import Tile, Tiled, forced
@@ -27,7 +28,11 @@ __all__ = ["Job", "items", "jobs", "report", "table", "write"]
 
 DRAW = 1.02
 """Of two within this factor the earlier candidate stays, so that noise does not decide."""
-BOUND = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float32: 2.0**-12}
+BOUND = {
+    **dict.fromkeys((torch.bfloat16, torch.float8_e4m3fn), 2.0**-6),
+    torch.float16: 2.0**-9,
+    torch.float32: 2.0**-12,
+}
 """How far the result with one tile may be from that with the first: sums in another order, rounded again."""
 
 
@@ -46,7 +51,8 @@ def jobs(forms: Sequence[Form], architecture: str) -> list[Job]:
     """What there is to choose: kernels and keys with more than one candidate. Forms that launch several kernels are
     left out, for a tile is given to all launches of a call."""
     found: dict[tuple[str, str], Job] = {}
-    weight = {form.name: times(form) * (form.flops + form.moved) for form in forms}
+    often = {form.name: max(times(form.counts, name) for name in ("", *QUANTISED)) for form in forms}
+    weight = {form.name: often[form.name] * (form.flops + form.moved) for form in forms}
     for form in sorted(forms, key=lambda form: -weight[form.name]):
         for way in _ways(form):
             noted = launches(form, way, architecture)
@@ -68,6 +74,8 @@ def _ways(form: Form) -> Iterator[Kernel]:
         yield Kernel(_boxes, plain.prepare, plain.weights)
     elif name in KERNELS:
         yield KERNELS[name]
+    elif name in scaled.OPS:
+        yield plain_kernels()[name]
 
 
 def _boxes(w: Any, x: Tensor, *, stride: tuple[int, int, int], padding: tuple[int, int, int]) -> Any:
