@@ -69,5 +69,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         probabilities may be rounded to the dtype of v before the second product.
     """
     queries, keys, values = (x.transpose(1, 2) for x in multiplicands(q, k, v))  # type: ignore[union-attr]
-    out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
-    return out.transpose(1, 2).to(q.dtype)
+    if queries.dtype == q.dtype:
+        return F.scaled_dot_product_attention(queries, keys, values, scale=scale).transpose(1, 2)
+    # With probabilities rounded to v's dtype, as torch does it in other 16-bit dtypes: what a kernel may do, this shows.
+    scores = queries @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    probabilities = scores.softmax(-1).to(v.dtype).to(values.dtype)
+    return (probabilities @ values).transpose(1, 2).to(q.dtype)

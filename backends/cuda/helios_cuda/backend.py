@@ -53,7 +53,7 @@ class CudaBackend(Backend):
     """
 
     name = "cuda"
-    precisions = ("bf16", "fp32", "fp8", "fp8-attention", "fp8-weights")
+    precisions = ("bf16", "fp16", "fp32", "fp8", "fp8-attention", "fp8-weights")
     vae_precisions: Mapping[str, str] = {
         # No tensor cores multiply in float32: convolutions would take the longest part of a chunk.
         **dict.fromkeys(("bf16", "fp8", "fp8-attention", "fp8-weights"), "bf16"),

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios.backend import Kernel
+from helios.op import multiplicands
 
 __all__ = ["KERNELS", "Matrix"]
 
@@ -60,9 +61,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, w: Matrix) -> Tensor:
-    rows = _rows(x)
-    out = torch.mm(rows, w.weight.t()) if w.bias is None else torch.addmm(w.bias, rows, w.weight.t())
-    return out.view(*x.shape[:-1], out.shape[1])
+    rows, weight, bias = multiplicands(_rows(x), w.weight, w.bias)
+    assert rows is not None and weight is not None
+    out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    return out.to(x.dtype).view(*x.shape[:-1], out.shape[1])
 
 
 def _prepare_linear(_x: None, weight: Tensor, bias: Tensor | None) -> Matrix:
