@@ -71,7 +71,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     queries, keys, values = (x.transpose(1, 2) for x in multiplicands(q, k, v))  # type: ignore[union-attr]
     if queries.dtype == q.dtype:
         return F.scaled_dot_product_attention(queries, keys, values, scale=scale).transpose(1, 2)
-    # With probabilities rounded to v's dtype, as torch does it in other 16-bit dtypes: what a kernel may do, this shows.
+    # Probabilities rounded to v's dtype, as torch rounds them in bfloat16: what a kernel may do, the reference shows.
     scores = queries @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     probabilities = scores.softmax(-1).to(v.dtype).to(values.dtype)
     return (probabilities @ values).transpose(1, 2).to(q.dtype)
