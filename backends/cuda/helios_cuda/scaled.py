@@ -12,8 +12,10 @@ Scales and bias come in the epilogue, before the one rounding. What it does not 
 **How it adds.** Hopper's and Ada's tensor cores keep some 14 bits of a sum of e4m3 products. With ``use_fast_accum``
 the whole sum stays there; without it, as here, partial sums are promoted: cuBLASLt does so "periodically" (its
 ``CUBLASLT_MATMUL_DESC_FAST_ACCUM``), CUTLASS every 128 of the inner dimension, into float32 registers. On newer GPUs
-the switch does nothing. ``BOUND`` is meant to refuse a result whose sums were not promoted: over an inner dimension of
-5120 that would be wrong by 7e-3 of its norm, and a promoted one differs from ours by 2e-3 at most (predictions).
+the switch does nothing. ``BOUND`` refuses sums that were not promoted. In a model of those tensor cores (13 bits behind
+the largest of 32 products and the sum, the rest cut off; ``test_scaled_linear`` has it) bfloat16 results of an inner
+dimension of 512, 5120, 13824 are away from the exact ones, rounded, by 6e-4, 8e-4, 6e-4 of their norm with promotion
+and 1.3e-3, 2.5e-3, 3.7e-3 without; 6 to 7 % of the elements, and 9, 31, 48 %, are rounded otherwise than exact ones.
 
 ::
 
@@ -101,8 +103,9 @@ VARIANTS = (
 CHOICES = Choices(VARIANTS)
 """Of this process: plans record and replay them."""
 
-BOUND = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-11}
-"""How far rows of the library's result may be from ours, relative, in the Euclidean norm."""
+BOUND = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-10, torch.float32: 2.0**-11}
+"""How far rows of the library's result may be from ours, relative, in the Euclidean norm: twice what promoted sums may
+differ by, and less than those of the published sizes do that were not promoted."""
 BLOCK = 1024
 """Rows that are compared at a time, so that a wrong part does not hide."""
 
@@ -134,12 +137,12 @@ class Form:
         return f"{name_of(self.dtype)} {sizes}{' + bias' * self.bias}"
 
     def drawn(self, device: torch.device) -> tuple[Tensor, Tensor, Quantised]:
-        """Operands with normal numbers."""
+        """Operands with normal numbers; the bias is small, since what it adds hides errors of the sum."""
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, device=device, dtype=self.dtype)
 
-        bias = normal(self.outputs) if self.bias else None
+        bias = normal(self.outputs) * 0.1 if self.bias else None
         weight = quantize_rows(normal(self.outputs, self.inner) * self.inner**-0.5)
         return *quantize_rows(normal(self.rows, self.inner)), Quantised(*weight, bias, self.dtype)
 

@@ -15,8 +15,12 @@ import torch
 from e4m3 import BF16, E4M3, F32, UNIT, body, drawn, prepared, run, wide
 from torch import Tensor
 
+from helios.backend import select
 from helios.errors import BackendError
-from helios_cuda import scaled
+from helios_conformance import execute, references, suite
+from helios_conformance.draws import Root
+from helios_conformance.session import Session
+from helios_cuda import packed, scaled
 from helios_cuda.choice import Choices, Variant
 from helios_cuda.held import Quantised
 from helios_cuda.kernels import scaled_linear as kernel
@@ -135,6 +139,32 @@ def test_real_sizes_need_no_memory_to_be_recorded() -> None:
     assert launch.arguments[0]._base is x  # not copied
 
 
+# --- the suite --------------------------------------------------------------------------------------------------------
+
+NAMES = sorted({**scaled.KERNELS, **packed.KERNELS})
+
+
+def judge(name: str, *, long: bool) -> None:
+    session = Session(select("cuda:interpret"), Root(11, "n"))
+    precision = "fp8-weights" if name in packed.KERNELS else "fp8"
+    listed = suite.choose(precision, "quick", ["ops"])
+    of_op = [case for case in listed if case.params.get("op") == name and case.check in ("op_values", "op_misfed")]
+    cases = [case for case in of_op if (case.params.get("sample") == "long") == long]
+    verdicts = {case.id: execute.run_here(case, session, references.committed())[1] for case in cases}
+    assert {i: v.reason for i, v in verdicts.items() if v.state != "pass"} == {}
+    assert verdicts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_pass_the_suite(name: str) -> None:
+    judge(name, long=False)
+
+
+@pytest.mark.slow
+def test_the_product_of_more_than_8192_rows_passes_the_suite() -> None:
+    judge("scaled_linear", long=True)
+
+
 # --- the library ------------------------------------------------------------------------------------------------------
 
 
@@ -238,9 +268,9 @@ def choices(library: Callable[..., Tensor]) -> Choices:
     return Choices([Variant(ours.name, ours.run), Variant(theirs.name, library)])
 
 
-def chosen(library: Callable[..., Tensor]) -> tuple[str, dict[str, Any]]:
+def chosen(library: Callable[..., Tensor], inner: int = 96) -> tuple[str, dict[str, Any]]:
     seconds = iter([2.0, 1.0])
-    form, among = Form(40, 96, 48, BF16, True), choices(library)
+    form, among = Form(40, inner, 48, BF16, True), choices(library)
     name = among.choose(str(form), partial(form.drawn, torch.device("cpu")), lambda _: next(seconds), scaled.alike)
     json.dumps(among.record)
     return name, among.record[str(form)]
@@ -251,25 +281,47 @@ def test_a_faster_library_is_taken_if_it_is_right() -> None:
     assert name == "torch"
     assert entry["seconds"] == {"triton": 2.0, "torch": 1.0}
 
-    def shortened(x: Tensor, x_scale: Tensor, w: Quantised) -> Tensor:
-        """As if the sum lost 1 % towards zero on its way: what sums without promotion were seen to do."""
-        return scaled._library(x, x_scale, w._replace(scale=w.scale * 0.99))
-
     def refuses(*_: Any) -> Tensor:
         raise RuntimeError("cutlass cannot run")
 
-    name, entry = chosen(shortened)
-    assert name == "triton"
-    assert "wrong by" in entry["why_not"]["torch"]
     name, entry = chosen(refuses)
     assert name == "triton"
     assert entry["why_not"]["torch"] == "cutlass cannot run"
 
 
+def cut(x: Tensor, largest: Tensor) -> Tensor:
+    """x without what lies more than 13 bits behind the first one of the largest."""
+    unit = torch.exp2(torch.floor(torch.log2(largest.clamp(min=2.0**-99))) - 13)
+    return torch.trunc(x / unit) * unit
+
+
+def short_sums(x: Tensor, x_scale: Tensor, w: Quantised, *, promoted: int) -> Tensor:
+    """As tensor cores of Hopper are said to add: 32 products and the sum so far, aligned by the largest and cut."""
+    terms = (x.double()[:, None] * w.weight.double()).unflatten(2, (-1, 32))
+    total = torch.zeros(terms.shape[:2], dtype=torch.float64)
+    short = total
+    for i in range(terms.shape[2]):
+        largest = torch.maximum(terms[:, :, i].abs().amax(-1), short.abs())
+        short = cut(terms[:, :, i], largest[..., None]).sum(-1) + cut(short, largest)
+        short = cut(short, short.abs())
+        if promoted and 32 * (i + 1) % promoted == 0:
+            total, short = (total + short).float().double(), torch.zeros_like(total)
+    assert w.bias is not None
+    return ((total + short) * x_scale.double() * w.scale.double().T + w.bias.double()).to(w.dtype)
+
+
+def test_a_library_that_leaves_long_sums_to_the_tensor_cores_is_not_taken() -> None:
+    name, entry = chosen(partial(short_sums, promoted=0), inner=5120)
+    assert name == "triton"
+    assert "wrong by 0.00" in entry["why_not"]["torch"]
+    assert chosen(partial(short_sums, promoted=128), inner=5120)[0] == "torch"
+
+
 def test_results_are_alike_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaled, "BLOCK", 8)
-    wanted = torch.randn(40, 16).to(BF16)
-    neighbours = torch.where(torch.rand(40, 16) < 0.1, wanted * (1 + 2**-7), wanted)
+    wanted = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)).to(BF16)
+    neighbours = wanted.clone()
+    neighbours[::8, :2] *= 1 + 2**-7
     assert scaled.alike(neighbours, wanted) == ""
     for value in (torch.nan, 1.0):
         wrong = wanted.clone()
