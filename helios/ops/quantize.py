@@ -60,14 +60,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         x: ``[..., k]``.
 
     Returns:
-        q: ``[..., k]`` float8_e4m3fn, ``x · (448 / m)`` rounded to nearest, m the row's largest absolute element.
-            Quotient and product are those of float32, each rounded once, whatever the dtype of x: which of two
-            neighbours a number becomes where it lies between them is so defined to the bit.
+        q: ``[..., k]`` float8_e4m3fn, ``x · (1 / m · 448)`` rounded to nearest, m the row's largest absolute element.
+            The reciprocal and both products are those of float32, each rounded once, whatever the dtype of x: which of
+            two neighbours a number becomes where it lies between them is so defined to the bit.
         scale: ``[..., 1]``, m / 448, in at least float32. m is at least 1e-12, so a row of zeros has q = 0.
     """
     wide = x.to(accumulator(x.dtype))
     most = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST)
-    q = (wide.float() * (LARGEST / most.float())).clamp(-LARGEST, LARGEST)
+    q = (wide.float() * (most.float().reciprocal() * LARGEST)).clamp(-LARGEST, LARGEST)
     return q.to(E4M3), most / LARGEST
 
 

@@ -73,12 +73,13 @@ def test_torch_converts_as_the_integers_do() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [1.0, 3e-7, 5e4])
 def test_rows_are_quantised_to_the_bit(dtype: torch.dtype, size: float) -> None:
-    """Quotient and product in float32, rounded once each; then to nearest, ties to even."""
+    """Reciprocal and products in float32, rounded once each; then to nearest, ties to even."""
     draws = torch.Generator().manual_seed(2)
     x = (torch.randn(64, 97, generator=draws) * size * torch.logspace(-3, 3, 64)[:, None]).to(dtype)
     q, scale = quantize_rows(x)
     most = x.float().abs().amax(-1, keepdim=True)
-    factor = (LARGEST / most.double()).float()  # float64 has bits enough that rounding twice is rounding once
+    inverse = (1.0 / most.double()).float()  # float64 has bits enough that rounding twice is rounding once
+    factor = (inverse.double() * LARGEST).float()
     product = (x.double() * factor.double()).float().clamp(-LARGEST, LARGEST)
     assert torch.equal(q.view(torch.uint8).long(), e4m3_bits(product))
     assert torch.equal(scale, most / LARGEST)

@@ -120,7 +120,7 @@ def test_self_attention_only_where_asked(size: str) -> None:
 def test_an_activation_is_quantised_once_and_right_behind_its_producer(size: str, precision: str) -> None:
     graph = written(size, precision)
     place = {value.name: at for at, node in enumerate(graph.nodes) for value in node.outputs}
-    seen = collections.Counter()
+    seen: collections.Counter[str] = collections.Counter()
     for at, node in enumerate(graph.nodes):
         if node.op != "quantize_rows" or node.values[0].rate == Rate.WEIGHTS:
             continue
