@@ -62,7 +62,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _product(x: Tensor, w: Matrix) -> Tensor:
     rows, weight, bias = multiplicands(_rows(x), w.weight, w.bias)
-    assert rows is not None and weight is not None
+    assert rows is not None
+    assert weight is not None
     out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
     return out.to(x.dtype).view(*x.shape[:-1], out.shape[1])
 
