@@ -46,6 +46,9 @@ def run(folder: Path, out: Path, references: References | None = None) -> RunRes
     index, started = _index(folder), now()
     about, root = _about(folder), Root(index["seed"], index["nonce"])
     cases = [(suite.find(entry["id"]), entry["folder"]) for entry in index["cases"]]
+    scope = {case.id for case in suite.all_cases(index["precision"])}
+    if odd := [case.id for case, _ in cases if case.id not in scope]:
+        raise InputError(f"{folder / 'index.json'} is of {index['precision']}, and {odd[0]} is not", "export it again")
     if not any((folder / "results" / f"{name}.safetensors").is_file() for _, name in cases):
         raise InputError(f"{folder / 'results'} holds no result", "README.md in that folder says how to write them")
     setup = _setup(index, [case for case, _ in cases], about, root, out)

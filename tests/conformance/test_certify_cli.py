@@ -106,7 +106,7 @@ def test_a_failure_comes_with_the_command_that_repeats_it(tmp_path: Path, capsys
         (["--backend", "right", "--level", "block"], "'blocks'"),
         (["--backend", "right", "--precision", "fp64"], "fp32"),
         (["--backend", "right", "--filter", "silu[fp32,smal]"], "'silu[fp32,small]'"),
-        (["--backend", "right", "--filter", "add[fp32,small]", "--filter", "add[bf16,small]"], "both precisions"),
+        (["--backend", "right", "--filter", "add[fp32,small]", "--filter", "add[bf16,small]"], "several precisions"),
         (["--backend", "right", "--nonce", "xyz"], "hexadecimal"),
         (["--backend", "right", "--timeout-factor", "0"], "--timeout-factor"),
         (["--backend", "right", "--model", "/nonexistent"], "is no folder"),

@@ -260,7 +260,8 @@ def test_large_cases_are_left_out_by_their_size(tmp_path: Path) -> None:
     [
         lambda index: index | {"suite_hash": "0" * 64},
         lambda index: index | {"format": 99},
-        lambda index: index | {"precision": "fp8"},
+        lambda index: index | {"precision": "fp9"},
+        lambda index: index | {"precision": "fp32"},
         lambda index: index | {"nonce": 7},
         lambda index: index | {"cases": [{"id": "silu[bf16,odd]", "folder": "../../etc"}]},
         lambda index: index | {"cases": index["cases"] * 2},
