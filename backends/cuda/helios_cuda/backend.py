@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -169,8 +170,10 @@ class CudaBackend(Backend):
     def overlaps(self) -> bool:
         return self.chosen["overlap"] == "on" and not self._interpreted
 
-    def beside(self, *tensors: Tensor) -> AbstractContextManager[None]:
-        return streams.beside(self.device, tensors) if self.overlaps else super().beside()
+    @contextlib.contextmanager
+    def beside(self, *tensors: Tensor) -> Iterator[None]:
+        with self.explained("its work"), streams.beside(self.device, tensors) if self.overlaps else super().beside():
+            yield
 
     def fetch(self, tensor: Tensor) -> Tensor:
         if tensor.device.type in ("cpu", "meta") or self._landing is None:

@@ -63,6 +63,14 @@ class CudaProgram(KernelProgram):
             with self._fetching(graph):
                 return super().evaluate(graph, inputs)
 
+    def bind(self, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> Context:
+        with self.backend.explained("a context"):  # what goes there and is copied there, before it is evaluated
+            return super().bind(inputs, context)
+
+    def run(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> dict[str, Tensor]:
+        with self.backend.explained(entry):
+            return super().run(entry, inputs, context)
+
     def profile(self, entry: str, inputs: Mapping[str, Tensor], context: Context = EMPTY) -> list[tuple[Node, float]]:
         with self._running(entry), self._fetching(entry):
             return super().profile(entry, inputs, context)

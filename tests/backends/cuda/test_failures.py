@@ -13,7 +13,7 @@ from helios.errors import BackendError
 from helios.graph import Builder, Graph, Rate
 from helios.lower import lower
 from helios.ops.pointwise import silu
-from helios_cuda import CudaBackend, failures
+from helios_cuda import CudaBackend, failures, streams
 
 GIB = 1 << 30
 
@@ -156,6 +156,28 @@ def test_programs_explain_what_fails_in_them(monkeypatch: pytest.MonkeyPatch) ->
         program.run("main", inputs)
     with pytest.raises(BackendError, match="cuda was lost during main"):
         program.profile("main", inputs)
+
+
+def test_a_device_that_is_lost_between_programs_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = OnCpu()
+    program = lower({"main": graph()}, backend)
+    program.load(Weights())
+
+    def lost(*arguments: Any, **named: Any) -> Any:
+        raise RuntimeError(LOST[0])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(program), "move", lost)
+        with pytest.raises(BackendError, match="cuda was lost during main"):
+            program.run("main", {"x": torch.ones(2)})
+        patch.setattr(type(program), "phase_of", lost)
+        with pytest.raises(BackendError, match="cuda was lost during a context"):
+            program.bind({})
+    monkeypatch.setattr(streams, "beside", lost)
+    beside = OnCpu()
+    beside.chosen = {**beside.chosen, "overlap": "on"}
+    with pytest.raises(BackendError, match="cuda was lost during its work"), beside.beside(torch.ones(2)):
+        pass
 
 
 def test_waiting_for_a_lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
