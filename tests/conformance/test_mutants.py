@@ -9,10 +9,10 @@ import pytest
 
 from helios.backend import Backend, ReferenceBackend
 from helios_conformance import references, suite
-from helios_conformance.case import LEVELS, Case, Observation, Verdict
+from helios_conformance.case import LEVELS, PRECISIONS, Case, Observation, Verdict
 from helios_conformance.draws import Root
 from helios_conformance.mutants import MUTANTS, Bench, Mutant, attempt, kill, likeliest_first
-from helios_conformance.mutants.mutant import BOTH, backend_with, touched
+from helios_conformance.mutants.mutant import backend_with, touched
 
 TEN = {
     "attention_padding_masked": "fp32",
@@ -43,6 +43,21 @@ def test_ten_are_caught_and_the_right_backend_is_not(name: str, precision: str, 
     assert not bench.alarms  # every case that failed on the way is one that the right backend passes
 
 
+QUANTISED = [(m.name, precision) for m in MUTANTS if m.family == "quantised" for precision in m.precisions]
+
+
+@pytest.mark.parametrize(("name", "precision"), QUANTISED)
+def test_quantised_products_that_are_almost_right_are_caught(name: str, precision: str, bench: Bench) -> None:
+    found = attempt(BY_NAME[name], bench, precision)
+    assert found.kill is not None, f"{name} survived {found.tried} cases"
+    assert found.kill.level == "ops"
+    assert not bench.alarms
+
+
+def test_each_quantised_scope_has_a_mutant() -> None:
+    assert {precision for _, precision in QUANTISED} == {"fp8", "fp8-attention", "fp8-weights"}
+
+
 def test_the_unwrapped_backend_survives_the_same_cases(bench: Bench) -> None:
     nothing_wrong = Mutant("right", "Nothing.", "none", lambda b: backend_with(b), ops=touched(("rope",)))
     cases = likeliest_first(suite.choose("bf16", "quick", ("ops",)), nothing_wrong)[:20]
@@ -57,7 +72,7 @@ def test_there_are_more_than_forty_in_families_with_names_of_their_own() -> None
     assert len({mutant.family for mutant in MUTANTS}) >= 8
     assert {mutant.level for mutant in MUTANTS} == set(LEVELS)
     for mutant in MUTANTS:
-        assert set() < set(mutant.precisions) <= set(BOTH), mutant.name
+        assert set() < set(mutant.precisions) <= set(PRECISIONS), mutant.name
         assert mutant.wrong.endswith("."), mutant.name
         assert mutant.repeats >= 1, mutant.name
 

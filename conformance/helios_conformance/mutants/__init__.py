@@ -15,6 +15,7 @@ from helios_conformance.mutants import (
     positions,
     products,
     programs,
+    quantised,
     sampler,
     timing,
 )
@@ -27,6 +28,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *attention.MUTANTS,
     *norms.MUTANTS,
     *products.MUTANTS,
+    *quantised.MUTANTS,
     *extremes.MUTANTS,
     *positions.MUTANTS,
     *sampler.MUTANTS,

@@ -103,7 +103,7 @@ def attempt(mutant: Mutant, bench: Bench, precision: str, levels: Iterable[Level
     Args:
         mutant: to catch.
         bench: of the right backend that it is made of.
-        precision: ``bf16`` or ``fp32``.
+        precision: one of the mutant's.
         levels: whose cases run; by default its own and those below.
     """
     started = time.perf_counter()
