@@ -3,11 +3,12 @@
 ``scaled_linear``, ``quantized_linear``, ``quantized_qkv_linear``. A weight is quantised where it lies on the device,
 row by row, when it is loaded; what stays is one byte an element and four a row, half of the 28.6 GB of 14B in bf16.
 
-**The library** is ``torch._scaled_mm`` with a scale for each row of both sides: since torch 2.8 on sm_89, 90, 100 and
-120, by cuBLASLt on sm_90 (from its 12.9 on), by CUTLASS elsewhere. It takes ``[m, k]`` row by row and the weight
-``[n, k]`` as its transpose, both dense and aligned to 16 bytes (on sm_89 strides are not looked at), k and n in
-multiples of 16, contiguous float32 scales ``[m, 1]`` and ``[1, n]``, and a bias only in the result's 16-bit dtype.
-Scales and bias come in the epilogue, before the one rounding. What it does not take, or gets wrong, our kernel does.
+**The library** is ``torch._scaled_mm`` with a scale for each row of both sides: on sm_90 by cuBLASLt (from its 12.9
+on), on sm_89, 100 and 120 by CUTLASS. It takes ``[m, k]`` row by row and the weight ``[n, k]`` as its transpose, both
+dense and aligned to 16 bytes (on sm_89 strides are not looked at), k and n in multiples of 16, contiguous float32
+scales ``[m, 1]`` and ``[1, n]``, and a bias only in the result's 16-bit dtype. Scales and bias come in the epilogue,
+before the one rounding. What it does not take, or gets wrong, our kernel does: not every version of torch has a kernel
+for each of these GPUs and dtypes.
 
 **How it adds.** Hopper's and Ada's tensor cores keep some 14 bits of a sum of e4m3 products. With ``use_fast_accum``
 the whole sum stays there; without it, as here, partial sums are promoted: cuBLASLt does so "periodically" (its
