@@ -47,7 +47,9 @@ def wanted(case: Case) -> set[str]:
         return {run.name for run in scenarios()[case.params["scene"]].runs if run.after is None}
     if case.check == "beside":
         return {f"{how}.{j}" for how in ("batch", "alone") for j in (0, 1)}
-    return {*Codecs.splits, "encode_whole", "encode_group2"} if case.check == "codec" else set()
+    if case.check == "codec":
+        return {*Codecs.splits} | (set() if case.params.get("working") else {"encode_whole", "encode_group2"})
+    return set()
 
 
 UNHELD = ("free_run",)
