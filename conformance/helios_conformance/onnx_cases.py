@@ -67,7 +67,7 @@ def _element(dtype: torch.dtype | str) -> int:
     from onnx import TensorProto
 
     name = str(dtype).removeprefix("torch.")
-    words = {"float32": "FLOAT", "float64": "DOUBLE"}
+    words = {"float32": "FLOAT", "float64": "DOUBLE", "float8_e4m3fn": "FLOAT8E4M3FN"}
     return int(getattr(TensorProto, words.get(name, name.upper())))
 
 

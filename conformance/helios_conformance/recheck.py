@@ -33,6 +33,7 @@ own last bits decide how a small element rounds: up to 4e-4 between AVX2 and pla
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 _DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.int64, torch.int32, torch.uint8, torch.bool)}
+_DTYPES["float8_e4m3fn"] = torch.float8_e4m3fn
 
 
 def case_differences(
@@ -73,7 +74,7 @@ def output_contradictions(told: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 def _whole(place: str, output: Mapping[str, Any], values: Tensor) -> Iterator[Difference]:
     """Of an output kept whole everything can be said, of others less."""
-    finite = bool(values.isfinite().all())
+    finite = selection.all_finite(values)
     if output["kept"] == math.prod(output["shape"]):
         if selection.digest(values) != output["digest"]:
             yield f"{place}.digest", "it is not the SHA-256 of the kept elements, which are all there are"
