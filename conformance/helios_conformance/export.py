@@ -51,15 +51,23 @@ class Export:
 
 
 def export(
-    out: Path, cases: Iterable[Case], root: Root, *, suite: str, form: str = "safetensors", most: int = LARGEST
+    out: Path,
+    cases: Iterable[Case],
+    root: Root,
+    *,
+    suite: str,
+    precision: str = "",
+    form: str = "safetensors",
+    most: int = LARGEST,
 ) -> Export:
-    """Write cases of one precision.
+    """Write cases of one precision's scope.
 
     Args:
         out: new or empty folder.
         cases: any; those that cannot leave the program are left out, with the reason.
         root: of all draws.
         suite: ``quick`` or ``full``, which the index remembers.
+        precision: whose scope it is, which the index remembers; "" for that of the cases, where they have one.
         form: ``safetensors`` or ``onnx``.
         most: bytes of a case's inputs.
 
@@ -89,7 +97,7 @@ def export(
             told.append({"id": case.id, "folder": folder})
         if not told:
             raise InputError("none of these cases can leave the program", "cases of values, plan nodes, blocks can")
-        _frame(out, told, left_out, root, suite, case.precision, form)
+        _frame(out, told, left_out, root, suite, precision or case.precision, form)
     return Export(folders, left_out)
 
 

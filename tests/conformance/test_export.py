@@ -58,6 +58,19 @@ def test_right_results_pass_and_are_called_imported(tmp_path: Path, precision: s
     assert judge_run_of(result)["word"] == "imported"
 
 
+@pytest.mark.parametrize("form", ["safetensors", "onnx"])
+def test_a_quantised_scope_goes_out_and_comes_back(tmp_path: Path, form: str) -> None:
+    """With cases of its own and of its working dtype, in one folder."""
+    wanted = ["quantize_rows[fp8,odd]", "scaled_linear[fp8,odd]", "linear[bf16,small]"]
+    chosen = [suite.find(case) for case in wanted]
+    export(tmp_path / "e", chosen, ROOT, suite="quick", precision="fp8", form=form)
+    assert json.loads((tmp_path / "e" / "index.json").read_text())["precision"] == "fp8"
+    answer(tmp_path / "e")
+    result = run(tmp_path / "e", tmp_path / "out")
+    assert {r["id"]: r["state"] for r in result.records} == dict.fromkeys(wanted, "pass")
+    assert result.setup.precision == "fp8"
+
+
 def judge_run_of(result: Any) -> dict[str, Any]:
     from helios_conformance import environment
 

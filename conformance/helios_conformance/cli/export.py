@@ -40,7 +40,7 @@ def export(
 
     cases: list[Any] = chosen(level, suite, precision, filters or [])
     cases = [case for case in cases if suite == "full" or case.suite == "quick"]  # also of those that a filter names
-    came = write(out, cases, Root(seed, nonce), suite=suite, form=form, most=most << 20)
+    came = write(out, cases, Root(seed, nonce), suite=suite, precision=precision, form=form, most=most << 20)
     for name, reason in came.left_out:
         output.note(f"left out: {name}: {reason}")
     output.line(f"{output.count(len(came.folders), 'case')} in {out}; README.md there says how results come back")
