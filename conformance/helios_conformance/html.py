@@ -273,7 +273,7 @@ def _realtime(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-_SETTING = ("size", "variant", "steps", "amplify", "height", "width", "precision", "chunks", "seconds", "warmup")
+_SETTING = ("size", "variant", "steps", "amplify", "height", "width", "precision", "vae", "chunks", "seconds", "warmup")
 """What a figure of speed never stands without."""
 
 

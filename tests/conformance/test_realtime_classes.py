@@ -97,6 +97,15 @@ def test_a_fallback_has_no_class_and_a_failed_case_has_no_figures_that_may_stand
     assert "did not pass" in shortcomings(made)[0]
 
 
+def test_a_speed_says_in_what_frames_were_decoded() -> None:
+    whole = report(facts(1.2, 120))
+    assert whole["realtime"]["vae"] == "fp32"  # of a run that does not say
+    whole["cases"][1]["facts"]["vae"] = {"group": 9, "precision": "bf16"}
+    made = section(whole["cases"], whole["backend"])
+    assert made is not None
+    assert made["vae"] == "bf16"
+
+
 def test_the_section_has_everything_that_a_speed_needs_beside_it() -> None:
     made = report()["realtime"]
     assert made["fps"] == pytest.approx({"steady": 33 / 2.8, "first_chunk": 33 / 4.48, "wall": 33 * 50 / (50.6 * 2.8)})

@@ -95,7 +95,7 @@ def _made(
 ) -> dict[str, Any]:
     facts = one["facts"]
     shots, setting = facts["chunks"], facts["setting"]
-    run = {"case": one["id"], "state": one["state"], **setting}
+    run = {"case": one["id"], "state": one["state"], **setting, "vae": facts["vae"].get("precision", "fp32")}
     run |= {"chunks": len(heard.arrivals), "seconds": heard.seconds, "warmup": facts["warmup"]}
     run |= {"load_seconds": facts["load_seconds"], "split": _split(shots), **_speed(heard, setting["batch"])}
     run |= {"clocks": facts["sensors"], "memory": facts["memory"], "parent_clock": _clocks(heard, facts)}
