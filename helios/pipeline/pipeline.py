@@ -78,7 +78,9 @@ class Pipeline:
     Args:
         model: what to run.
         backend: to run it on.
-        precision: ``fp32``, ``bf16`` or ``fp64``, of the transformer and the text encoder.
+        precision: of the transformer, by a name of ``helios.precision``: ``bf16``, ``fp16``, ``fp32``, ``fp64``, ``fp8``,
+            ``fp8-attention`` or ``fp8-weights``. The text encoder computes in its working dtype, with ``fp16`` in
+            bfloat16.
         fallback: what happens to an op that the backend lacks, as for ``lower``.
         vae_precision: ``fp32``, ``bf16`` or ``fp16``, in which frames are decoded. Default: that of a continued state,
             else what the backend declares in ``vae_precisions``, else float32 as published (float64 with ``fp64``).
@@ -388,7 +390,7 @@ def load(
         size: instead of it ``tiny``, ``mini`` or ``14b``, with random weights: ``pipeline.random_weights`` says so.
         variant: ``base``, ``mid`` or ``distilled`` for a size; a folder knows its own.
         backend: ``name[:provider][:index]`` or an instance; default: ``HELIOS_BACKEND``, else the best that can run.
-        precision: ``fp32``, ``bf16`` or ``fp64``; default: the backend's first.
+        precision: as for ``Pipeline``; default: the backend's first. Backends offer some of them.
         fallback: ``error`` or ``reference``, for ops that the backend lacks.
         seed_weights: of random weights.
         backend_options: of a backend given by name, such as ``{"memory": "low"}``; `helios backends` lists them.

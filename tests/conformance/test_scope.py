@@ -16,7 +16,7 @@ from helios.cli import main, options
 from helios.errors import InputError
 from helios.ops.quantize import E4M3, quantize_rows, scaled_linear
 from helios.precision import PRECISIONS as KNOWN
-from helios_conformance import bundle, execute, references, scope, suite
+from helios_conformance import execute, graphs, references, scope, suite
 from helios_conformance.case import LEVELS, PRECISIONS, Case
 from helios_conformance.draws import Root
 from helios_conformance.runner import check_filters, precision_of
@@ -65,7 +65,7 @@ def test_single_ops_of_the_working_dtype_belong_to_a_quantised_scope(precision: 
     assert ids(precision, level="ops", precision="bf16") == ids("bf16", level="ops")
     own = {i.partition("[")[0] for i in ids(precision, check="op_values", precision=precision)}
     assert own == set(scope.QUANTISED[precision]) == set(scope.ops(precision))
-    assert own == {name for name in own if op.get(name)}
+    assert own <= set(op.names())
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
@@ -123,7 +123,7 @@ def test_a_case_is_found_by_its_id_in_whichever_scope() -> None:
 @pytest.fixture
 def quick_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
     # Lowering the published size once more for each bundle would be most of the time here.
-    monkeypatch.setattr(bundle.graphs, "of_spec", lambda *given: "left out by a test")
+    monkeypatch.setattr(graphs, "of_spec", lambda *given: "left out by a test")
 
 
 @pytest.mark.usefixtures("quick_bundle")
