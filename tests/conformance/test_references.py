@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helios import op
-from helios_conformance import checks, references, suite
+from helios_conformance import checks, references, scope, suite
 from helios_conformance.budget import Errors, rounds_once
 from helios_conformance.case import PRECISIONS, Case, Suite
 from helios_conformance.checks.pipeline import Codecs, videos
@@ -72,10 +72,15 @@ def test_every_case_of_blocks_model_and_pipeline_has_its_reference(precision: st
 
 CHEAP = ("block[{},tiny,odd]", "vae[{},decode_groups]", "sampler[{},dmd]", "forward[{},tiny,one_stage]")
 CHEAP += ("steps[{},tiny,base]", "beside[{},batch2,base]")
+OWN = [
+    (case, precision)
+    for case in CHEAP
+    for precision in PRECISIONS
+    if scope.dtype_scope(precision) == precision or case.partition("[")[0] not in scope.SHARED
+]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("case", CHEAP)
+@pytest.mark.parametrize(("case", "precision"), OWN)
 def test_what_is_committed_above_the_ops_is_what_is_computed(case: str, precision: str) -> None:
     """Computed on another machine, so up to a quarter: an entry of another suite, scene or budget differs by more."""
     found = suite.find(case.format(precision))
