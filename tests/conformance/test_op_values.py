@@ -58,6 +58,17 @@ def test_right_backends_pass(name: str, precision: str) -> None:
         assert verdict.state == "pass", f"{case.id}: {verdict.reason}"
 
 
+@pytest.mark.parametrize("precision", ["fp8", "fp8-attention", "fp8-weights"])
+def test_the_reference_passes_every_quantised_op(precision: str) -> None:
+    """On this draw, of which the reference errors know nothing."""
+    session = Session(ReferenceBackend(), ROOT)
+    own = [case for case in cases(precision) if case.precision == precision]
+    assert {case.params["op"] for case in own} == set(scope.ops(precision))
+    for case in own:
+        verdict = execute.run_here(case, session, REFERENCES)[1]
+        assert verdict.state == "pass", f"{case.id}: {verdict.reason}"
+
+
 class Wrong(ReferenceBackend):
     """The reference with one kernel changed."""
 
