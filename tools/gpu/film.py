@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import gc
 import hashlib
 import itertools
 import math
@@ -96,19 +97,29 @@ class Scene:
         size: of the model.
         height, width: in pixels.
         tokens: of the prompt.
+        precision: of the run. On a host what is quantised runs by the op bodies: its backend multiplies no e4m3.
     """
 
-    def __init__(self, rig: Rig, size: str, height: int, width: int, tokens: int) -> None:
+    def __init__(self, rig: Rig, size: str, height: int, width: int, tokens: int, precision: str = "bf16") -> None:
         self.rig, self.size, self.height, self.width, self.tokens = rig, size, height, width, tokens
+        self.precision = precision
         self.loaded: Record = {}
 
     @functools.cached_property
     def backend(self) -> Backend:
-        return select("cuda" if self.rig.cuda else "cpu")
+        return select("cuda" if self.rig.cuda else "cpu" if self.precision == "bf16" else "reference")
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
-        return Pipeline(drawn_model(self.size, self.backend.device), self.backend, "bf16")
+        return Pipeline(drawn_model(self.size, self.backend.device), self.backend, self.precision)
+
+    def release(self) -> None:
+        """Free what it loaded: the device holds one of these at a time."""
+        self.__dict__.pop("pipeline", None)
+        self.loaded = {}
+        gc.collect()
+        if self.rig.cuda:
+            torch.cuda.empty_cache()
 
     def request(
         self, steps: Sequence[int] = (1, 1, 1), prompt: str = PROMPT, seed: int = 1, chunks: int = ENDLESS
@@ -172,7 +183,7 @@ class Scene:
         record = summary(stamps, timings, chunk.frames.shape[1])
         memory = {"peak_allocated": allocator_peak(self.backend), "device_bytes": device_bytes(self.backend)}
         record |= memory | {"sensors": sensors.told(), "correct": not wrong, "steps": list(steps)}
-        record["vae"] = self.pipeline.vae_precision
+        record |= {"precision": self.precision, "vae": self.pipeline.vae_precision}
         return record | ({"why": wrong} if wrong else {})
 
     def steps(self) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -2,7 +2,7 @@
 
     tools/on_gpu.sh certify [--device cpu --tiny] [--budget SECONDS] [--out FOLDER]
 
-The quick suite in bf16 and fp32, then the full one. A run that time ends is gone on with by the next, from
+The quick suite in every precision, then the full one. A run that time ends is gone on with by the next, from
 ``certify.zip`` in the folder, where its environment is the same. ``--tiny`` runs two ops.
 """
 
@@ -20,7 +20,8 @@ import running
 from results import Clock, Item, Record
 
 PART = "certify"
-RUNS = (("bf16", "quick"), ("fp32", "quick"), ("bf16", "full"), ("fp32", "full"))
+FIRST = ("bf16", "fp8-attention", "fp8", "fp32", "fp16", "fp8-weights")
+RUNS = tuple((precision, suite) for suite in ("quick", "full") for precision in FIRST)
 TINY = ("--filter", "gated_add[bf16,odd]", "--suite", "quick")
 
 

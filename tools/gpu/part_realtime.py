@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import overlapped
 import rates
@@ -23,6 +23,8 @@ from rig import Rig
 
 PART = "realtime"
 STEPS = ((1, 1, 1), (2, 2, 2))
+QUANTISED = ("fp8-attention", "fp8")
+"""After bf16, each with weights of its own on the device, which the ones before have left."""
 MOST_CHUNKS = 45
 BESIDE_CHUNKS = 9
 """Of each of six videos that compare decoding beside the next chunk with decoding before it: about a minute."""
@@ -45,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _items(rig: Rig, args: argparse.Namespace, clock: Clock) -> Iterator[Item]:
     size = args.size or ("tiny" if args.tiny else "14b")
-    scene = Scene(rig, size, *((64, 64, 16) if args.tiny else (384, 640, 512)))
+    picture = (64, 64, 16) if args.tiny else (384, 640, 512)
+    scene = Scene(rig, size, *picture)
     device = rates.of_device(rig.name, args.out)
     # What must be left: a process that goes on has to load the weights anew.
     need = 1.0 if args.tiny else 90.0
@@ -66,8 +69,30 @@ def _items(rig: Rig, args: argparse.Namespace, clock: Clock) -> Iterator[Item]:
         yield Item(f"profile/{size}/{stage}", "one forward by node", size, stage, profile, need / 3)
     profile = functools.partial(scene.profile_decode, device)
     yield Item(f"profile/{size}/decode", "decoding a chunk by node", size, "decode", profile, need / 3)
+    yield from _quantised(scene, [Scene(rig, size, *picture, name) for name in QUANTISED], clock, chunks, need)
     if args.suite:
         yield _of_the_suite(args, clock, size)
+
+
+def _quantised(before: Scene, scenes: Sequence[Scene], clock: Clock, chunks: int, need: float) -> Iterator[Item]:
+    """The same videos in other precisions, and their longest forward."""
+    for scene in scenes:
+
+        def alone(run: Callable[[], Record], scene: Scene = scene) -> Record:
+            for other in (before, *scenes):
+                if other is not scene:
+                    other.release()
+            return run()
+
+        label = f"{scene.size}/{scene.precision}"
+        for steps in STEPS:
+            name = "-".join(map(str, steps))
+            take = functools.partial(alone, functools.partial(_film, scene, clock, steps, chunks))
+            yield Item(f"film/{label}/{name}", f"a video at {list(steps)}", label, name, take, need)
+        step = functools.partial(alone, functools.partial(scene.time_step, "denoise.2"))
+        yield Item(f"step/{label}/denoise.2", "one forward", label, f"{scene.precision} denoise.2", step, need / 3)
+    for scene in scenes:
+        scene.release()
 
 
 def _film(scene: Scene, clock: Clock, steps: Sequence[int], chunks: int) -> Record:
@@ -107,7 +132,7 @@ def report(records: Sequence[Record]) -> Iterator[str]:
 
 def _film_lines(r: Record) -> Iterator[str]:
     parts = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in r["split_s"].items())
-    arithmetic = f"bf16, VAE in {r.get('vae', 'fp32')}"
+    arithmetic = f"{r.get('precision', 'bf16')}, VAE in {r.get('vae', 'fp32')}"
     yield (
         f"{r['row']} {r['steps']}, {arithmetic}: {r['fps']:.2f} FPS steady over {r['chunks'] - 1} chunks; "
         f"p50 {1e3 * r['p50_s']:.0f} ms, p99 {1e3 * r['p99_s']:.0f} ms; first chunk {1e3 * r['first_s']:.0f} ms"

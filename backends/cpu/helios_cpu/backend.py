@@ -12,6 +12,7 @@ import torch
 from helios import op
 from helios.backend import Backend, DeviceInfo, Kernel
 from helios.lower import compile_kernels
+from helios.ops import quantize
 from helios.passes import Plan
 from helios.program import Program
 from helios_cpu import allocator, attention, elementwise, gemm
@@ -34,7 +35,8 @@ class CpuBackend(Backend):
         # Where the cores have no bfloat16 products, bf16 is slower than fp32 and not the default.
         quick = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.precisions = ("bf16", "fp32", "fp64") if quick else ("fp32", "bf16", "fp64")
-        bodies = {name: Kernel(op.get(name).fn) for name in op.names() if op.get(name).kind != "fused"}
+        core = (name for name in op.names() if op.get(name).kind != "fused" and name not in quantize.__all__)
+        bodies = {name: Kernel(op.get(name).fn) for name in core}
         self.kernels: Mapping[str, Kernel] = {**bodies, **attention.KERNELS, **gemm.KERNELS, **elementwise.KERNELS}
 
     def devices(self) -> Sequence[DeviceInfo]:
