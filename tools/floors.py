@@ -75,7 +75,7 @@ class Rates:
 
 FLOOR = Rates("floor", 790 * T, 650 * T, 790 * T, 4.3 * T)
 FAST = Rates("fast", 790 * T, 650 * T, 0.7 * 790 * T, 4.3 * T, 1e-6, 2 * 0.85, 1.6)
-SLOW = Rates("slow", 700 * T, 600 * T, 0.5 * 790 * T, 0.8 * 4.3 * T, 3e-6, 2 * 0.75, 1.6)
+SLOW = Rates("slow", 700 * T, 600 * T, 0.5 * 790 * T, 0.8 * 4.3 * T, 3e-6, 2 * 0.75, 1.35)
 QUANTISED = ("fp8", "fp8-attention", "fp8-weights")
 OVERLAP = 0.05
 """What decoding beside denoising gives at best: both saturate the tensor cores."""
@@ -331,7 +331,8 @@ once, in the layouts that the kernels really leave. *Assumptions* for one H200:
 
 Products have been seen at 790 TFLOP/s on an H200. Published for attention with heads of 128 at 8k tokens on an H100:
 646 (FlashAttention 3) and 600 (cuDNN). Guesses: convolutions at 50 to 70 %% of 790; what lies between two kernels of a
-CUDA graph; products in e4m3 at 75 to 85 %% of twice the rate in bf16, attention in e4m3 1.6 times as fast.
+CUDA graph; products in e4m3 at 75 to 85 %% of twice the rate in bf16, attention in e4m3 1.35 to 1.6
+times as fast: its loop is bound by instructions, which `kernels/scaled_attention.py` counts.
 
 A step, by op; the last two columns are the floor of all steps of a chunk, in ms:
 
@@ -348,9 +349,9 @@ values (2.2 TFLOP, once a prompt) are not in it.
 
 %(share)s
 
-In the precisions that quantise, counted on their own plans: the first and the last block stay in bf16 (not in
-`fp8-weights`), a weight is read as it is held, and what a node does in two kernels counts as two. The forwards and the
-sampler at [1, 1, 1]; norms and residuals that also quantise are among all else.
+In the precisions that quantise, counted on their own plans: the first and the last block stay in bf16,
+a weight is read as it is held, and what a node does in two kernels counts as two. The forwards and the sampler at
+[1, 1, 1]; norms and residuals that also quantise are among all else.
 
 %(quantised)s
 
