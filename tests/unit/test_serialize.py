@@ -15,6 +15,7 @@ from helios.backend import ReferenceBackend
 from helios.errors import GraphError
 from helios.graph import Builder, Graph, Rate
 from helios.lower import lower
+from helios.ops import OPSET
 from helios.ops.linear import linear
 from helios.ops.pointwise import silu
 from helios.passes import build_plan
@@ -77,7 +78,7 @@ def test_the_text_form_stands_in_the_json_line_by_line(tmp_path: Path) -> None:
     serialize.save(tmp_path / "g.json", {"g": graph()})
     data = json.loads((tmp_path / "g.json").read_text())
     assert data["graphs"]["g"] == str(graph()).splitlines()
-    assert data["opset"] == 1
+    assert data["opset"] == OPSET
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def change_line(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (change("opset", 2), "written for opset 2, this Helios has 1"),
+        (change("opset", OPSET + 1), f"written for opset {OPSET + 1}, this Helios has {OPSET}"),
         (change("format", "onnx"), "its format is not 'helios-graphs-1'"),
         (change("digest", "0" * 64), "do not fit their digest"),
         (change_line, "do not fit their digest"),
@@ -126,7 +127,7 @@ def test_graphs_that_are_no_lists_of_lines(tmp_path: Path, lines: Any) -> None:
     """With a digest that fits: the file was made so."""
     path = tmp_path / "g.json"
     texts = {"graphs": {"g": lines}}
-    data = {"format": serialize.FORMAT, "opset": 1, "digest": serialize._digest(texts), **texts}
+    data = {"format": serialize.FORMAT, "opset": OPSET, "digest": serialize._digest(texts), **texts}
     path.write_text(json.dumps(data))
     with pytest.raises(GraphError):
         serialize.load(path)
