@@ -15,7 +15,7 @@ name              dtype    products of the blocks           attention           
 ================= ======== ================================ ==================== ==============
 
 What is quantised is decided by ``passes.quantize``. Everything outside the blocks, all norms, residuals, the sampler
-and the VAE are the same as in the working dtype.
+and the VAE are the same as in a run of the working dtype.
 """
 
 from __future__ import annotations
