@@ -21,14 +21,14 @@ and the VAE are the same as in a run of the working dtype.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
 from helios.errors import InputError, unknown_name
 
-__all__ = ["DTYPES", "PRECISIONS", "Precision", "precision"]
+__all__ = ["DTYPES", "PRECISIONS", "Precision", "precision", "require_offered"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,3 +76,13 @@ def precision(name: str) -> Precision:
     if name not in PRECISIONS:
         raise InputError(unknown_name("precision", name, PRECISIONS), fix="--precision bf16")
     return PRECISIONS[name]
+
+
+def require_offered(name: str, backend: str, offered: Sequence[str]) -> None:
+    """Raises InputError where a backend does not compute in a precision; says in which it does."""
+    if name in offered:
+        return
+    if name in PRECISIONS:
+        why = f"backend {backend!r} does not compute in {name}, but in {', '.join(offered)}"
+        raise InputError(why, f"--precision {offered[0]}, or another backend: `helios backends` lists what each offers")
+    raise InputError(unknown_name("precision", name, offered), f"--precision {offered[0]}")

@@ -28,7 +28,7 @@ from helios.cli.options import (
     backend_options,
     setting,
 )
-from helios.errors import BackendError, InputError, unknown_name
+from helios.errors import BackendError, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,12 +65,12 @@ def bench(
         raise InputError(f"--repeat {repeat}: wanted at least 1", fix="--repeat 5")
     from helios.backend import select
     from helios.model.vae_precision import choose_vae_precision
+    from helios.precision import require_offered
 
     chosen = select(backend, backend_options(backend_option))
     name = precision or chosen.precisions[0]
     asked = setting(size, variant, height, width, name)
-    if name not in chosen.precisions:
-        raise InputError(unknown_name(f"precision of backend {chosen.label!r}", name, chosen.precisions))
+    require_offered(name, chosen.label, chosen.precisions)
     stages = range(asked.stages) if pyramid_stage is None else [pyramid_stage]
     decoding = None if vae_precision is None else choose_vae_precision(vae_precision, name, chosen)
     report = measure(asked, stages, chosen, fallback, repeat, quiet=json)

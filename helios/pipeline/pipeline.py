@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -24,11 +23,12 @@ from torch import Tensor
 
 from helios import backend as backends
 from helios.backend import PRECISIONS, Backend
-from helios.errors import InputError, unknown_name
+from helios.errors import InputError
 from helios.graph import Rate
 from helios.model.room import RESERVE, encodes_first, keeps_encoder
 from helios.model.text import Encoded, text_bytes
 from helios.model.vae_precision import VAE_DTYPES, choose_vae_precision, vae_name
+from helios.passes.quantize import held_bytes
 from helios.pipeline import condition
 from helios.pipeline.codec import Codec, decoding_of, free_memory, plan_of, split_of
 from helios.pipeline.denoise import Denoiser, Layout
@@ -39,6 +39,7 @@ from helios.pipeline.request import FPS, Request, Settings, build_request, frame
 from helios.pipeline.run import Chunk, Progress, Run, noise_of
 from helios.pipeline.state import RunState
 from helios.precision import precision as precision_of
+from helios.precision import require_offered
 from helios.program import Coverage
 
 __all__ = ["Chunk", "Pipeline", "Progress", "Result", "load"]
@@ -78,9 +79,8 @@ class Pipeline:
     Args:
         model: what to run.
         backend: to run it on.
-        precision: of the transformer, by a name of ``helios.precision``: ``bf16``, ``fp16``, ``fp32``, ``fp64``, ``fp8``,
-            ``fp8-attention`` or ``fp8-weights``. The text encoder computes in its working dtype, with ``fp16`` in
-            bfloat16.
+        precision: of the transformer, a name of ``helios.precision.PRECISIONS``. The text encoder computes in its
+            working dtype, with ``fp16`` in bfloat16.
         fallback: what happens to an op that the backend lacks, as for ``lower``.
         vae_precision: ``fp32``, ``bf16`` or ``fp16``, in which frames are decoded. Default: that of a continued state,
             else what the backend declares in ``vae_precisions``, else float32 as published (float64 with ``fp64``).
@@ -284,8 +284,8 @@ class Pipeline:
     @functools.cached_property
     def _room(self) -> tuple[int, int, int]:
         """Bytes of the transformer, of the text encoder, and those that were free for them at the first request."""
-        shapes = (info.shape for info in self.model.transformer_weights.tensors.values())
-        needed = sum(map(math.prod, shapes)) * self.dtype.itemsize
+        shapes = {name: info.shape for name, info in self.model.transformer_weights.tensors.items()}
+        needed = held_bytes(shapes, precision_of(self.precision))
         return needed, text_bytes(self.text), int(free_memory(self.backend) * (1 - RESERVE))
 
     def _encode_first(self, request: Request, state: RunState | None) -> None:
@@ -407,8 +407,7 @@ def load(
         raise InputError("backend_options are given for a backend that is made already", "give its name instead")
     chosen = backend if isinstance(backend, Backend) else backends.select(backend, backend_options)
     name = precision or chosen.precisions[0]
-    if name not in chosen.precisions:
-        raise InputError(unknown_name(f"precision of backend {chosen.name!r}", name, chosen.precisions))
+    require_offered(name, chosen.name, chosen.precisions)
     if path_or_repo is not None:
         model = folder_model(path_or_repo, variant)
     else:

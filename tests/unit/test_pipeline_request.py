@@ -161,7 +161,7 @@ def test_load_refuses(tmp_path: Path) -> None:
         ({"path_or_repo": tmp_path, "size": "tiny"}, InputError, "both a model and a size"),
         ({"size": "tinny"}, InputError, "did you mean 'tiny'"),
         ({"size": "tiny", "variant": "distiled"}, InputError, "did you mean 'distilled'"),
-        ({"size": "tiny", "precision": "fp17"}, InputError, "unknown precision of backend 'reference' 'fp17'"),
+        ({"size": "tiny", "precision": "fp17"}, InputError, "unknown precision 'fp17': did you mean 'fp16'"),
         ({"path_or_repo": tmp_path}, CheckpointError, "model_index.json"),
         ({"path_or_repo": tmp_path / "none"}, CheckpointError, "there is no folder"),
     ]
