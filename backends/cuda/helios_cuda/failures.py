@@ -53,7 +53,7 @@ def explained(doing: str, device: str, memory: Memory) -> Iterator[None]:
 
 
 def explain(error: BaseException, doing: str, device: str, memory: Memory) -> BackendError | None:
-    """What an error means, if the GPU is full or lost.
+    """What an error means, if the GPU is full, taken or lost.
 
     Args:
         doing: for the sentence "no room for …", such as ``the weights``.
@@ -63,6 +63,11 @@ def explain(error: BaseException, doing: str, device: str, memory: Memory) -> Ba
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in _NO_ROOM):
         return _full(doing, device, text, memory)
+    if "busy or unavailable" in text.lower():
+        return BackendError(
+            f"{device} is taken: another process has the GPU for itself, in exclusive mode",
+            f"{_OTHERS}; end that, or choose another (cuda:1); {RESUME}",
+        )
     if any(sign in text.lower() for sign in _LOST):
         return _gone(doing, device, text)
     return None

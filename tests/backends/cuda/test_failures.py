@@ -59,6 +59,15 @@ def test_full_as_libraries_say_it(text: str) -> None:
     )
 
 
+def test_taken_by_another_process() -> None:
+    text = "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with `TORCH_USE_CUDA_DSA`"
+    told = failures.explain(RuntimeError(text), "the weights", "cuda:1", lambda: None)
+    assert told is not None
+    assert told.why == "cuda:1 is taken: another process has the GPU for itself, in exclusive mode"
+    assert "nvidia-smi" in told.fix
+    assert "--resume" in told.fix
+
+
 def test_full_and_unable_to_say_how_full() -> None:
     def memory() -> tuple[int, int]:
         raise RuntimeError("CUDA error: out of memory")
