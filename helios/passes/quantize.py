@@ -7,8 +7,9 @@ before its product, so that a kernel can take it at load. The rest of the graph 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from helios import op
@@ -22,7 +23,7 @@ from helios.ops.quantize import (
 )
 from helios.precision import Precision
 
-__all__ = ["quantize", "quantized_blocks"]
+__all__ = ["held_bytes", "quantize", "quantized_blocks"]
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.([a-z0-9]+)\.")
 _SELF = "attn1"
@@ -43,9 +44,40 @@ def quantize(graph: Graph, precision: Precision) -> tuple[Graph, bool]:
 
 def quantized_blocks(graph: Graph, precision: Precision) -> frozenset[int]:
     """The blocks whose products a precision quantises: all but ``kept`` at each end, if any are left then."""
-    found = {int(m[1]) for v in graph.inputs_at(Rate.WEIGHTS) if (m := _BLOCK.match(v.name))}
+    return _chosen((v.name for v in graph.inputs_at(Rate.WEIGHTS)), precision)
+
+
+def _chosen(weights: Iterable[str], precision: Precision) -> frozenset[int]:
+    found = {int(m[1]) for name in weights if (m := _BLOCK.match(name))}
     kept = precision.kept if len(found) > 2 * precision.kept else 0
     return frozenset(sorted(found)[kept : len(found) - kept])
+
+
+def held_bytes(shapes: Mapping[str, Sequence[int]], precision: Precision) -> int:
+    """Bytes that a network's weights take once they are loaded: those of quantised products one a number and one
+    float32 a row, all others the working dtype's.
+
+    It is so on every backend that compiles plans kernel by kernel: a quantised weight is widened where it is used, see
+    ``passes.phase``, whether or not by ``packed_linear``.
+
+    Args:
+        shapes: of all weights, by their published names.
+        precision: in which the network is lowered.
+
+    >>> from helios.precision import PRECISIONS
+    >>> shapes = {"blocks.0.ffn.fc.weight": (6, 100), "blocks.0.ffn.fc.bias": (6,)}
+    >>> [held_bytes(shapes, PRECISIONS[name]) for name in ("bf16", "fp8-weights")]
+    [1212, 636]
+    """
+    blocks = _chosen(shapes, precision) if precision.products else frozenset()
+    total = 0
+    for name, shape in shapes.items():
+        count = math.prod(shape)
+        match = _BLOCK.match(name)
+        # The blocks' only matrices are those of products: norms and biases are vectors.
+        packed = match is not None and int(match[1]) in blocks and name.endswith(".weight") and len(shape) == 2
+        total += count + 4 * shape[0] if packed else count * precision.dtype.itemsize
+    return total
 
 
 class _Rewriting:
