@@ -22,6 +22,8 @@ from helios.cli.options import (
 from helios.errors import BackendError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from helios.fit.devices import Device
@@ -48,6 +50,8 @@ class Target:
         shared: whether device and host memory are one.
         here: whether it is this machine.
         device: the row of the table, if it has one.
+        fp8: whether it multiplies e4m3 numbers; None where nothing is known of it.
+        instead: the precision to take where it does not.
     """
 
     title: str
@@ -59,6 +63,8 @@ class Target:
     shared: bool = False
     here: bool = False
     device: Device | None = None
+    fp8: bool | None = None
+    instead: str = "fp8-weights"
 
 
 def fit(
@@ -95,13 +101,14 @@ def fit(
     memory = fit_memory(work, target.memory, shared=target.shared)
     speed = predict(work, taken, peak=target.peak, bandwidth=target.bandwidth) if target.peak else None
     low = _with_low_memory(target, work, memory, taken)
-    flags = suggested(target, work, memory if low is None else low.fit, taken, precision)
+    refused = refusal(target, precision)
+    flags = [] if refused else suggested(target, work, memory if low is None else low.fit, taken, precision)
     flags += ["--memory", "low"] if flags and low is not None else []
     flags += ["--vae-precision", vae_precision] if flags and vae_precision is not None else []
     download = repository(asked)
     if json:
         data = _data(target, work, memory, speed, taken, host, dataclasses.asdict(download), flags)
-        output.print_json(data | {"memory_low": None if low is None else _low_data(low)})
+        output.print_json(data | {"memory_low": None if low is None else _low_data(low), "refused": refused})
         return
     arithmetic = f"{precision}, VAE in {vae_name(asked.decoding)}"
     output.line(f"Helios {size}, {variant}, {height}×{width}, {arithmetic}, steps {','.join(map(str, taken))}")
@@ -112,7 +119,7 @@ def fit(
     _print_host(target, memory if low is None else low.fit, host)
     _print_download(size, download, host)
     _print_speed(target, speed, memory, taken, work, precision)
-    _print_flags(flags, memory, target)
+    _print_flags(flags, memory, target, refused)
 
 
 def decoding_of(spec: str, precision: str, asked: str | None) -> torch.dtype:
@@ -161,7 +168,8 @@ def _print_low(low: Low) -> None:
 def from_table(device: Device, precision: str) -> Target:
     """A device of the table. Its peak is known in bfloat16 alone."""
     peak = device.peak if precision == "bf16" else 0.0
-    return Target(device.title, device.backend, device.memory, peak, device.bandwidth, device.source, device=device)
+    figures = (device.title, device.backend, device.memory, peak, device.bandwidth, device.source)
+    return Target(*figures, device=device, fp8=device.fp8)
 
 
 def this_machine(host: Host, precision: str) -> Target:
@@ -179,7 +187,9 @@ def this_machine(host: Host, precision: str) -> Target:
         rate = 0.0 if asked.quantised else matrix_rate(asked.dtype)  # nothing is measured of quantised products
         source = "peak: a matrix product, measured now beside whatever else runs" if rate else "peak: not measured"
         title = f"this machine: {host.cpu}, {host.usable_cores:g} cores"
-        return Target(title, backend.label, host.usable_memory, rate, 0.0, source, shared=True, here=True)
+        found = Target(title, backend.label, host.usable_memory, rate, 0.0, source, shared=True, here=True, fp8=False)
+        # A backend for CPUs may hold no quantised weights either.
+        return found if found.instead in backend.precisions else dataclasses.replace(found, instead="bf16")
     if known is not None:
         found = from_table(known, precision)
         memory = info.memory or known.memory
@@ -197,6 +207,16 @@ def suggested(target: Target, work: Work, memory: Fit, steps: tuple[int, ...], p
     flags = [*model, "--variant", asked.variant.name, "--height", str(asked.height), "--width", str(asked.width)]
     flags += ["--backend", target.backend, "--precision", precision]
     return flags + ["--steps", ",".join(map(str, steps))]
+
+
+def refusal(target: Target, precision: str) -> dict[str, str] | None:
+    """``why`` a precision cannot be had there, and the ``fix``; None where it can, or where nothing is known."""
+    from helios.precision import precision as precision_of
+
+    if precision_of(precision).products != "e4m3" or target.fp8 is not False:
+        return None
+    name = "this machine's CPU" if target.shared else target.title
+    return {"why": f"{name} multiplies no e4m3 numbers", "fix": f"--precision {target.instead}"}
 
 
 def _figures(target: Target) -> str:
@@ -301,10 +321,13 @@ def _range(pair: tuple[float, float]) -> str:
     return " to ".join(f"{value:.3g}" if value >= 0.01 else f"{value:.1g}" for value in pair)
 
 
-def _print_flags(flags: list[str], memory: Fit, target: Target) -> None:
+def _print_flags(flags: list[str], memory: Fit, target: Target, refused: Mapping[str, str] | None) -> None:
     from helios.fit.devices import table
 
     output.heading("Suggested")
+    if refused is not None:
+        output.line(f"{refused['why'][0].upper()}{refused['why'][1:]}: {refused['fix']}.")
+        return
     if flags:
         output.command(["helios", "generate", '"…"', *flags])
         return

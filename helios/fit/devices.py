@@ -40,6 +40,7 @@ class Device:
         source: of the row.
         published: speeds on this very device.
         pcie: generation of its bus to the host; 0 where unknown.
+        fp8: whether it multiplies e4m3 numbers; False where unknown.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Device:
     source: str
     published: tuple[Published, ...] = ()
     pcie: int = 0
+    fp8: bool = False
 
 
 @functools.cache
@@ -75,6 +77,7 @@ def _device(name: str, row: Mapping[str, Any]) -> Device:
             Published(p["variant"], tuple(p["steps"]), p["fps"], p["source"]) for p in row.get("published", ())
         ),
         pcie=row.get("pcie", 0),
+        fp8=row.get("fp8", False),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from helios.backend import Backend, DeviceInfo
 from helios.cli import main
+from helios.fit.devices import find, table
 from helios.fit.host import Host
 
 HOST = Host("Linux", "CPU", 2, 2, 16 * 10**9, 10 * 10**9, 9 * 10**9, "/cache", 30 * 10**9)
@@ -128,6 +129,51 @@ def test_quantised_products_are_not_predicted_from_a_product_measured_here(
     assert "peak: not measured" in printed(capsys, *asked, "--precision", "fp8")
 
 
+# --- precisions of e4m3 numbers ---
+
+
+def test_which_devices_multiply_e4m3_numbers() -> None:
+    without = ["rtx3090", "a100-40", "a100-80", "a800", "mi300x", "ascend-910b", "ascend-910c"]
+    assert [name for name, device in table().items() if not device.fp8] == without
+
+
+@pytest.mark.parametrize(("device", "precision"), [("a100-80", "fp8"), ("rtx3090", "fp8-attention"), ("mi300x", "fp8")])
+def test_a_device_without_fp8_units_is_told_and_nothing_is_suggested(
+    device: str, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = loaded(capsys, "--device", device, "--precision", precision)
+    title = find(device).title
+    assert data["flags"] == []
+    assert data["refused"] == {"why": f"{title} multiplies no e4m3 numbers", "fix": "--precision fp8-weights"}
+    advice = printed(capsys, "--device", device, "--precision", precision).partition("Suggested")[2]
+    assert advice.strip() == f"{title} multiplies no e4m3 numbers: --precision fp8-weights."
+
+
+@pytest.mark.parametrize(("device", "precision"), [("a100-80", "fp8-weights"), ("a100-80", "bf16"), ("l40s", "fp8")])
+def test_what_a_device_multiplies_is_suggested(device: str, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = loaded(capsys, "--device", device, "--precision", precision)
+    assert data["refused"] is None
+    assert data["flags"][data["flags"].index("--precision") + 1] == precision
+
+
+@pytest.mark.parametrize(("backend", "instead"), [("reference", "fp8-weights"), ("cpu", "bf16")])
+def test_this_machine_s_cpu_multiplies_no_e4m3_numbers(
+    backend: str, instead: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is suggested instead is a precision that the backend offers."""
+    monkeypatch.setenv("HELIOS_BACKEND", backend)
+    monkeypatch.setattr("helios.fit.host.read_host", lambda: HOST)
+    data = loaded(capsys, "--size", "tiny", "--height", "64", "--width", "64", "--precision", "fp8")
+    assert data["flags"] == []
+    assert data["refused"] == {
+        "why": "this machine's CPU multiplies no e4m3 numbers",
+        "fix": f"--precision {instead}",
+    }
+
+
+# --- this machine ---
+
+
 def test_the_host_s_cgroup_and_disk_are_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +219,9 @@ def test_this_machine_s_device_is_found_in_the_table(
     assert (target["title"], target["backend"]) == ("NVIDIA H100 80GB HBM3", "card")
     assert target["memory"] == 70 * 10**9
     assert target["peak"] == 989e12
+    assert loaded(capsys, "--precision", "fp8")["refused"] is None
+    monkeypatch.setattr(Card, "reported", "NVIDIA A100-SXM4-80GB")
+    assert loaded(capsys, "--precision", "fp8")["refused"]["fix"] == "--precision fp8-weights"
 
 
 def test_an_unknown_device_here_is_measured_by_memory_alone(
@@ -184,6 +233,7 @@ def test_an_unknown_device_here_is_measured_by_memory_alone(
     assert data["speed"] is None
     assert data["fits"] is True
     assert "Not predicted: its peak is not known" in printed(capsys)
+    assert loaded(capsys, "--precision", "fp8")["refused"] is None  # what is not known is not refused
 
 
 def test_a_wrong_device_is_told_before_torch_is_imported(
