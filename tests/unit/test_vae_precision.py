@@ -68,6 +68,16 @@ def test_another_name_is_refused_with_the_nearest(name: str) -> None:
         assert "did you mean 'bf16'? Known: bf16, fp32" in told.value.why
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "fp8-weights"])
+def test_float64_decodes_behind_the_oracle_alone(precision: str) -> None:
+    assert "fp64" in ReferenceBackend.precisions
+    with pytest.raises(InputError, match="VAE precision of backend 'reference' 'fp64'") as told:
+        choose_vae_precision("fp64", precision, ReferenceBackend())
+    assert "Known: bf16, fp16, fp32" in told.value.why
+    assert told.value.fix == "--vae-precision fp32"
+    assert choose_vae_precision("fp64", "fp64", ReferenceBackend()) == "fp64"
+
+
 def test_a_backend_that_declares_nonsense_is_told() -> None:
     class Odd(ReferenceBackend):
         vae_precisions: Mapping[str, str] = {"bf16": "fp8"}
