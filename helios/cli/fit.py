@@ -52,6 +52,7 @@ class Target:
         device: the row of the table, if it has one.
         fp8: whether it multiplies e4m3 numbers; None where nothing is known of it.
         instead: the precision to take where it does not.
+        offers: the precisions of the backend that would run here; empty where that is not known.
     """
 
     title: str
@@ -65,6 +66,7 @@ class Target:
     device: Device | None = None
     fp8: bool | None = None
     instead: str = "fp8-weights"
+    offers: tuple[str, ...] = ()
 
 
 def fit(
@@ -184,12 +186,15 @@ def this_machine(host: Host, precision: str) -> Target:
     known = recognise(info.name)
     if backend.device.type == "cpu":
         asked = precision_of(precision)
-        rate = 0.0 if asked.quantised else matrix_rate(asked.dtype)  # nothing is measured of quantised products
+        # Nothing is measured of quantised products, and float16 is multiplied number by number on most hosts.
+        measured = precision in backend.precisions and not asked.quantised
+        rate = matrix_rate(asked.dtype) if measured else 0.0
         source = "peak: a matrix product, measured now beside whatever else runs" if rate else "peak: not measured"
         title = f"this machine: {host.cpu}, {host.usable_cores:g} cores"
         found = Target(title, backend.label, host.usable_memory, rate, 0.0, source, shared=True, here=True, fp8=False)
         # A backend for CPUs may hold no quantised weights either.
-        return found if found.instead in backend.precisions else dataclasses.replace(found, instead="bf16")
+        instead = found.instead if found.instead in backend.precisions else backend.precisions[0]
+        return dataclasses.replace(found, instead=instead, offers=tuple(backend.precisions))
     if known is not None:
         found = from_table(known, precision)
         memory = info.memory or known.memory
@@ -213,10 +218,15 @@ def refusal(target: Target, precision: str) -> dict[str, str] | None:
     """``why`` a precision cannot be had there, and the ``fix``; None where it can, or where nothing is known."""
     from helios.precision import precision as precision_of
 
-    if precision_of(precision).products != "e4m3" or target.fp8 is not False:
-        return None
-    name = "this machine's CPU" if target.shared else target.title
-    return {"why": f"{name} multiplies no e4m3 numbers", "fix": f"--precision {target.instead}"}
+    if precision_of(precision).products == "e4m3" and target.fp8 is False:
+        name = "this machine's CPU" if target.shared else target.title
+        return {"why": f"{name} multiplies no e4m3 numbers", "fix": f"--precision {target.instead}"}
+    if target.offers and precision not in target.offers:
+        return {
+            "why": f"backend {target.backend!r} does not compute in {precision}",
+            "fix": f"--precision {target.instead}",
+        }
+    return None
 
 
 def _figures(target: Target) -> str:

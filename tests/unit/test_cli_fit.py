@@ -171,6 +171,18 @@ def test_this_machine_s_cpu_multiplies_no_e4m3_numbers(
     }
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp8-weights"])
+def test_what_this_machine_s_backend_lacks_is_not_suggested(
+    precision: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HELIOS_BACKEND", "cpu")
+    monkeypatch.setattr("helios.fit.host.read_host", lambda: HOST)
+    monkeypatch.setattr("helios.fit.measure.matrix_rate", lambda dtype: pytest.fail(f"{dtype} was multiplied"))
+    data = loaded(capsys, "--size", "tiny", "--height", "64", "--width", "64", "--precision", precision)
+    assert data["flags"] == []
+    assert data["refused"]["why"] == f"backend 'cpu' does not compute in {precision}"
+
+
 # --- this machine ---
 
 
