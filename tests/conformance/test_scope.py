@@ -221,3 +221,42 @@ def test_a_scale_of_the_wrong_row_is_seen_in_a_block() -> None:
     state, reason = verdict(BLOCKS[0], With(quantize_rows=shifted))
     assert state == "fail"
     assert "norm of the error" in reason
+
+
+def by_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale for all rows."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = wide.abs().amax() / 448
+    return (wide.float() / scale.float()).to(E4M3), scale.expand(*x.shape[:-1], 1).clone()
+
+
+def narrow_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """As in fp8-attention."""
+    made: Tensor = op.get("quantized_attention").fn(q, k, v, scale=scale)
+    return made
+
+
+UNSEEN = {
+    "rows": (With(quantize_rows=by_tensor), "quantize_rows[fp8,odd]"),
+    "attention": (With(attention=narrow_attention), "attention[bf16,head128]"),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_whole_graphs_do_not_show_single_ops_do(name: str) -> None:
+    """The limit that docs/precision.md states, and what holds in spite of it."""
+    backend, single = UNSEEN[name]
+    for case in BLOCKS:
+        assert verdict(case, backend) == ("pass", "")
+    assert verdict(single, backend)[0] == "fail"
+
+
+def test_rounding_downwards_is_seen_in_a_block() -> None:
+    def cut(x: Tensor) -> tuple[Tensor, Tensor]:
+        q, scale = quantize_rows.fn(x)
+        exact = x.to(scale.dtype) / scale
+        lower = (q.view(torch.uint8) - 1).view(E4M3)
+        over = (q.to(scale.dtype).abs() > exact.abs()) & (q.view(torch.uint8) & 0x7F > 0)
+        return torch.where(over, lower.float(), q.float()).to(E4M3), scale
+
+    assert verdict(BLOCKS[0], With(quantize_rows=cut))[0] == "fail"
