@@ -45,14 +45,16 @@ class Plan:
         return hashlib.sha256("\n".join(str(g) for g in self.graphs.values()).encode()).hexdigest()
 
 
-def build_plan(graphs: Mapping[str, Graph]) -> Plan:
+def build_plan(graphs: Mapping[str, Graph], *, local_constants: bool = False) -> Plan:
     """Split each graph by rate and merge what they share.
 
     Args:
         graphs: by entry name. Inputs of one name must have one type in all of them.
+        local_constants: compute a node without operands again wherever it is needed, and what only moves its data, and
+            hold neither. So a constant whose size depends on an input of a phase stands in that phase.
     """
     shared = {rate: _Phase(rate.label) for rate in (Rate.WEIGHTS, Rate.PROMPT, Rate.CHUNK)}
-    steps = {name: _split(name, graph, shared) for name, graph in graphs.items()}
+    steps = {name: _split(name, graph, shared, local_constants) for name, graph in graphs.items()}
     plan = Plan({rate: phase.graph() for rate, phase in shared.items()}, steps)
     for graph in plan.graphs.values():
         op.verify(graph)
@@ -79,12 +81,12 @@ class _Phase:
         return Graph(self.name, tuple(self.inputs.values()), tuple(self.nodes.values()), outputs)
 
 
-def _split(name: str, graph: Graph, shared: Mapping[Rate, _Phase]) -> Graph:
+def _split(name: str, graph: Graph, shared: Mapping[Rate, _Phase], local_constants: bool) -> Graph:
     names = _content_names(graph)
     step = _Phase(name)
     phases = {**shared, Rate.STEP: step}
     made = {value.name: node for node in graph.nodes for value in node.outputs}
-    again = _computed_again(graph)
+    again = _computed_again(graph, local_constants)
     where = _where(graph, again)
     for node in graph.nodes:
         for rate in sorted(where[node.outputs[0].name]):
@@ -142,11 +144,15 @@ def _where(graph: Graph, again: set[str]) -> dict[str, set[Rate]]:
 _WIDENS = "dequantize_rows"
 
 
-def _computed_again(graph: Graph) -> set[str]:
+def _computed_again(graph: Graph, local_constants: bool) -> set[str]:
     """First outputs of nodes that are cheaper to run again than to hold."""
     inputs = {v.name for v in graph.inputs}
     again: set[str] = set()
     for node in graph.nodes:
+        if local_constants and not node.values:
+            again.add(node.outputs[0].name)
+            inputs.update(v.name for v in node.outputs)
+            continue
         cheap = op.get(node.op).kind == "move" or node.op == _WIDENS
         if not cheap or not node.values or node.outputs[0].rate == Rate.STEP:
             continue
