@@ -100,7 +100,7 @@ def _write_one(file: BinaryIO, place: Place, tensor: Tensor) -> str:
             f"weight {place.name!r} has shape {list(tensor.shape)}, the graphs take {list(place.type.shape)}",
             "use the config.json that belongs to these weights",
         )
-    data = memoryview(tensor.to(place.type.dtype).contiguous().view(-1).view(torch.uint8).numpy())
+    data = tensor.to(place.type.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
     _fill(file, data)
     return hashlib.sha256(data).hexdigest()
 
