@@ -177,17 +177,18 @@ class _Model:
 
     def keep(self, node: Node, made: tuple[Wire, ...]) -> None:
         """Remember what a node gave, under its name where it is nobody else's."""
+        outputs = {name for name, _ in self.graph.outputs}
         taken = {wire.name for wire in self.wires.values()} | self.emitter.shared
         for value, wire in zip(node.outputs, made, strict=True):
-            if wire.name not in taken:
+            if wire.name not in taken and value.name not in outputs:
                 wire.value.name = value.name
             self.wires[value.name] = wire
 
     def output(self, name: str, value: Value) -> ir.Value:
         """A value as an output: one of its own, under the output's name."""
         wire = self.wires[value.name]
-        inputs = {v.name for v in self.graph.inputs}
-        called = f"{name}.out" if name in inputs else name
+        taken = {known.name for known in self.wires.values()}
+        called = f"{name}.out" if name in taken else name
         self.emitter.place = called
         made = self.emitter.op("Identity", wire)
         made.value.name = called
