@@ -42,7 +42,8 @@ def to_model(
     """The graph as a model.
 
     Inputs stand in the order of the graph's, without those that are initializers, and under their names; outputs one
-    for one in the order of the graph's, under their names, or with ``.out`` behind where an input has that name.
+    for one in the order of the graph's, under their names, or with ``.out`` behind where
+    another value has that name.
 
     Args:
         graph: with exact sizes; or, of several sizes, unified into one: in the standard form only.
@@ -185,13 +186,13 @@ class _Model:
             self.wires[value.name] = wire
 
     def output(self, name: str, value: Value) -> ir.Value:
-        """A value as an output: one of its own, under the output's name."""
+        """A value as an output: itself where a node made it under that name, or else a copy."""
         wire = self.wires[value.name]
+        if wire.name == name and wire.value.producer() is not None:
+            return wire.value
         taken = {known.name for known in self.wires.values()}
-        called = f"{name}.out" if name in taken else name
-        self.emitter.place = called
         made = self.emitter.op("Identity", wire)
-        made.value.name = called
+        made.value.name = f"{name}.out" if name in taken else name
         return made.value
 
     def metadata(self) -> dict[str, str]:

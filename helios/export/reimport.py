@@ -69,11 +69,12 @@ def _is_output(node: ir.Node) -> bool:
 
 
 def _behind(value: ir.Value, values: Mapping[str, Value]) -> Value:
-    """What an output is a copy of."""
+    """The value that an output is, or is a copy of."""
     producer = value.producer()
-    if producer is None or not _is_output(producer) or producer.inputs[0] is None:
-        raise GraphError(f"the output {value.name!r} is not the copy of a value", fix="export it again")
-    return values[str(producer.inputs[0].name)]
+    source = producer.inputs[0] if producer is not None and _is_output(producer) else value
+    if source is None or source.name not in values:
+        raise GraphError(f"the output {value.name!r} is nothing that the graph has made", fix="export it again")
+    return values[str(source.name)]
 
 
 def _node(node: ir.Node, values: dict[str, Value]) -> Node:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import helios.ops  # noqa: F401  (registers the opset)
 from helios import op
 from helios.errors import OpError
 
