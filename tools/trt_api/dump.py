@@ -6,6 +6,7 @@ members. Signatures are read from docstrings, where pybind11 puts them.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
 import re
@@ -99,8 +100,15 @@ def _class(kind: Any) -> dict[str, Any]:
             made["nested"][name] = _members(thing)
         elif callable(getattr(kind, name)):
             made["methods"][name] = _signatures(getattr(kind, name))
+    made["buffer"] = _has_buffer(kind)
     made["deprecated"] = sorted(n for n in made["methods"] if "[DEPRECATED]" in (getattr(kind, n).__doc__ or ""))
     return made
+
+
+def _has_buffer(kind: Any) -> bool:
+    """Whether ``memoryview`` takes its objects: before Python 3.12 only the type's own table tells (tp_as_buffer)."""
+    table = ctypes.cast(id(kind) + 160, ctypes.POINTER(ctypes.c_void_p))[0]
+    return table is not None and ctypes.cast(table, ctypes.POINTER(ctypes.c_void_p))[0] is not None
 
 
 def _returned(thing: property) -> str:
