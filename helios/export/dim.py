@@ -40,8 +40,9 @@ def symbol_name(symbol: Symbol) -> str:
 class Dim:
     """A polynomial over symbols. Immutable, hashable; equal where the polynomials are.
 
-    ``+``, ``-`` and ``*`` take whole numbers and other Dims; ``/`` and ``//`` both divide exactly, by a whole number.
-    A result that is a whole number comes as ``int``: a Dim never stands for a known size.
+    ``+``, ``-`` and ``*`` take whole numbers and other Dims; ``/`` and ``//`` both divide exactly, by a whole number
+    (write ``//`` where a size may be an ``int``). A result that is a whole number comes as ``int``: a Dim never stands
+    for a known size.
 
     >>> h, w = Dim.symbol("sample", 3), Dim.symbol("sample", 4)
     >>> tokens = 9 * h * w // 4 + 2400

@@ -83,6 +83,24 @@ class Unified:
         shape = tuple(evaluate(size, bindings) for size in self.sizes[value.name])
         return dataclasses.replace(value, type=TensorType(shape, value.dtype))
 
+    def bindings(self, shapes: Sequence[Sequence[int]]) -> dict[Symbol, int]:
+        """The symbols' values where the inputs have these shapes, in their order.
+
+        Raises:
+            GraphError: too few or too many, or a shape that this graph cannot have: another rank, another fixed size,
+                or a size that contradicts the others.
+        """
+        inputs = self.graph.inputs
+        if [len(shape) for shape in shapes] != [v.ndim for v in inputs]:
+            wanted = ", ".join(f"{v} {_shown(self.sizes[v.name])}" for v in inputs[:8])
+            came = ", ".join(_shown(shape) for shape in shapes[:8])
+            raise GraphError(
+                f"{self.graph.name}: {len(shapes)} shapes {came}, but its {len(inputs)} inputs are {wanted}"
+            )
+        seen = {(v.name, axis): n for v, shape in zip(inputs, shapes, strict=True) for axis, n in enumerate(shape)}
+        self._check(seen)
+        return {symbol: seen[symbol] for symbol in self.symbols}
+
     def _check(self, bindings: Bindings) -> None:
         inputs = {v.name: self.sizes[v.name] for v in self.graph.inputs}
         missing = [symbol_name(s) for s in self.symbols if s not in bindings]
@@ -94,7 +112,8 @@ class Unified:
                 raise GraphError(f"{self.graph.name} has no input dimension {symbol_name(symbol)}")
             wanted = evaluate(inputs[name][axis], bindings)
             if given != wanted or given < 1:
-                must = f"{inputs[name][axis]}, here {wanted}" if given != wanted else "1 at least"
+                size = inputs[name][axis]
+                must = "1 at least" if given == wanted else str(wanted) if size == wanted else f"{size}, here {wanted}"
                 raise GraphError(f"{self.graph.name}: {symbol_name(symbol)} is {given}, but must be {must}")
 
 
@@ -224,6 +243,10 @@ def _listed(found: Iterable[object]) -> str:
     for i, thing in enumerate(found):
         where.setdefault(str(thing), []).append(i)
     return "; ".join(f"{x} in sample{'s' * (len(at) > 1)} {', '.join(map(str, at))}" for x, at in where.items())
+
+
+def _shown(shape: Sequence[Size]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def _values(graph: Graph) -> Iterator[Value]:
