@@ -1,0 +1,85 @@
+"""The backend class: which provider, what it computes in, and which nodes it takes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from helios.backend import Backend, DeviceInfo
+from helios.errors import BackendError
+from helios.graph import Node
+from helios.passes import Plan
+from helios.program import Program
+from helios_ort import probe, providers
+from helios_ort.installed import runtime
+from helios_ort.providers import Provider
+
+__all__ = ["OrtBackend"]
+
+
+class OrtBackend(Backend):
+    """Runs whole graphs by ONNX Runtime: ``ort`` on the CPU, ``ort:cuda`` and so on by any provider that is installed."""
+
+    name = "ort"
+    options = {"weights": ("shared", "packed")}
+
+    def __init__(self, provider: str = "", index: int = 0, **options: str) -> None:
+        super().__init__("", index, **options)
+        self._asked = provider
+
+    @functools.cached_property
+    def provider(self) -> Provider:
+        """The execution provider. Raises BackendUnavailable where ONNX Runtime, or the provider, is not installed."""
+        return providers.find(self._asked, self.index)
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        providers.require_usable(self.provider)
+        return providers.devices(self.provider)
+
+    @property
+    def device(self) -> torch.device:
+        return self.provider.device
+
+    @property
+    def label(self) -> str:
+        short = providers.short_name(self._asked) or "cpu"
+        return ":".join([self.name, *([short] if short != "cpu" else []), *([str(self.index)] if self.index else [])])
+
+    @functools.cached_property
+    def precisions(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(name for name in probe.PRECISIONS if name not in self.withheld)
+
+    @functools.cached_property
+    def withheld(self) -> Mapping[str, str]:  # type: ignore[override]
+        return probe.withheld(self.provider)
+
+    def supports(self, node: Node) -> str | None:
+        return probe.supports(node, self.provider) if node.inputs else None
+
+    def compile(self, plan: Plan, *, fallback: str = "error") -> Program:
+        from helios_ort.program import OrtProgram
+
+        return OrtProgram(plan, self, self.provider, fallback=fallback, packed=self.chosen["weights"] == "packed")
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def execution_plan(self) -> Mapping[str, Any]:
+        return {
+            "onnxruntime": str(runtime().__version__),
+            "provider": self.provider.name,
+            "provider_options": self.provider.options,
+        }
+
+    def use_execution_plan(self, plan: Mapping[str, Any]) -> None:
+        here = self.execution_plan()
+        for name, value in plan.items():
+            if here.get(name) != value:
+                raise BackendError(
+                    f"the run was begun with {name} {value!r}, and here it would be {here.get(name)!r}",
+                    "install what it was begun with, or begin another run",
+                )

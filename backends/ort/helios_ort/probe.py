@@ -1,0 +1,80 @@
+"""What a provider runs, asked of ONNX Runtime itself: sessions of one node, and tiny networks in each precision."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import helios.ops  # noqa: F401  (registers the opset)
+from helios import op
+from helios.graph import Builder, Graph, Node, Rate
+from helios.precision import DTYPES
+from helios_ort.providers import Provider
+from helios_ort.sessions import Refused, build
+
+__all__ = ["PRECISIONS", "supports", "withheld"]
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+"""Which a provider may offer, its default first. Quantised products have no form in ONNX."""
+
+_answers: dict[tuple[Any, ...], str | None] = {}
+
+
+def supports(node: Node, provider: Provider) -> str | None:
+    """Why the provider does not run a node, in its own words; ``None`` if it does.
+
+    A session of this one node is made, and nothing in it is computed or allocated: every operand is an input.
+    """
+    from helios.export.forms import unsupported
+
+    reason = unsupported(node)
+    if reason is not None:
+        return reason
+    types = tuple(tuple(v.type for v in x) if isinstance(x, tuple) else x and x.type for x in node.inputs)
+    key = (provider, node.op, types, node.attrs)
+    if key not in _answers:
+        _answers[key] = _refusal(node, provider)
+    return _answers[key]
+
+
+def _refusal(node: Node, provider: Provider) -> str | None:
+    inputs = {value.name: value for value in node.values}
+    graph = Graph("node", tuple(inputs.values()), (node,), tuple((value.name, value) for value in node.outputs))
+    try:
+        session = build(graph, provider, optimise=False)
+    except Refused as error:
+        return error.why
+    if session.misplaced:
+        found = session.misplaced[0]
+        return f"{provider.name} does not run {found.kind}: ONNX Runtime gives it to {found.provider}"
+    return None
+
+
+def withheld(provider: Provider) -> Mapping[str, str]:
+    """Why the provider does not compute in a precision, by name, of those in which it does not."""
+    found = {name: _precision_refusal(provider, name) for name in PRECISIONS}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+@functools.cache
+def _precision_refusal(provider: Provider, name: str) -> str | None:
+    for node in _network(DTYPES[name]).nodes:
+        reason = supports(node, provider)
+        if reason is not None:
+            return f"{provider.name}: {reason}"
+    return None
+
+
+def _network(dtype: torch.dtype) -> Graph:
+    """Each kind of arithmetic that a run needs, as small as can be."""
+    with Builder("probe") as build:
+        x = build.input("x", (1, 4, 8), dtype, Rate.STEP)
+        weight = build.input("weight", (8, 8), dtype, Rate.WEIGHTS)
+        y = op.get("gelu")(op.get("linear")(op.get("rms_norm")(x), weight))
+        heads = op.get("split_heads")(y, heads=2)
+        z = op.get("merge_heads")(op.get("attention")(heads, heads, heads))
+        build.output("y", op.get("add")(op.get("layer_norm")(z), x))
+    return build.graph()

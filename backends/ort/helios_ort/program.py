@@ -1,0 +1,162 @@
+"""A plan as sessions: one a graph, inputs and outputs in torch's memory."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from helios import op
+from helios.backend import Backend
+from helios.errors import BackendError, UnsupportedNode
+from helios.graph import Graph, Node, Rate, TensorType, Value
+from helios.passes import Plan
+from helios.program import Coverage, Program, WeightReader
+from helios_ort.pieces import Piece, in_pieces, run_bodies
+from helios_ort.providers import Provider
+from helios_ort.sessions import Session, build, kept, plain
+
+__all__ = ["OrtProgram"]
+
+FIX = "`--fallback reference` (or HELIOS_FALLBACK=reference) runs such nodes by torch's ops, and counts them"
+
+
+class OrtProgram(Program):
+    """The sessions of a plan.
+
+    With weights ``shared`` they are inputs of every session: the one copy in torch's memory serves all. ``packed`` ones
+    are built into each session when they are loaded, and kept there alone, in whatever form its kernels prefer.
+
+    Args:
+        plan: its graphs.
+        backend: asked which nodes it runs.
+        provider: for every session.
+        fallback: as for ``lower``.
+        packed: whether weights are built in.
+
+    Raises:
+        UnsupportedNode: a node that the provider does not run, and no fallback is allowed.
+    """
+
+    def __init__(self, plan: Plan, backend: Backend, provider: Provider, *, fallback: str, packed: bool) -> None:
+        super().__init__(plan, backend, Coverage())
+        self.provider, self.packed = provider, packed
+        self._fallback = fallback == "reference"
+        self._pieces = {name: in_pieces(graph, self._runs) for name, graph in plan.graphs.items()}
+        self._sessions: dict[str, Session] = {}
+        for graph in plan.graphs.values():
+            self._count(graph)
+        for piece in self._native():
+            if not self._builds_in(piece):
+                self._keep(piece, kept(piece.graph, provider))
+
+    def _native(self) -> Iterable[Piece]:
+        return (piece for pieces in self._pieces.values() for piece in pieces if piece.native)
+
+    def _runs(self, node: Node) -> bool:
+        """Whether a session runs the node. Raises UnsupportedNode where none does and nothing else may."""
+        reason = self.backend.supports(node)
+        if reason is not None and not self._fallback:
+            raise self._unsupported(node, reason)
+        return reason is None
+
+    def _unsupported(self, node: Node | str, reason: str) -> UnsupportedNode:
+        return UnsupportedNode(f"backend {self.backend.label!r} cannot run: {node}\n  reason: {reason}", FIX)
+
+    def _count(self, graph: Graph) -> None:
+        for node in graph.nodes:
+            if node.inputs:
+                reason = self.backend.supports(node) or ""
+                kind = "fused" if op.get(node.op).kind == "fused" else "native"
+                self.coverage.count(node.op, "fallback" if reason else kind, reason)
+
+    def _keep(self, piece: Piece, session: Session) -> None:
+        """Take a session if all its nodes were placed where they belong, or may be elsewhere: then they are counted."""
+        self._sessions[piece.graph.name] = session
+        moved: dict[str, Node] = {}
+        for found in session.misplaced:
+            reason = f"ONNX Runtime gives {found.kind} to {found.provider}, not to {self.provider.name}"
+            if not self._fallback:
+                raise self._unsupported(found.node or f"graph {piece.graph.name}", reason)
+            if found.node is not None and moved.setdefault(found.node.outputs[0].name, found.node) is found.node:
+                self._recount(found.node, reason)
+
+    def _recount(self, node: Node, reason: str) -> None:
+        counts = self.coverage.counts.setdefault(node.op, collections.Counter())
+        native = "native" if counts["native"] else "fused"
+        counts[native] -= 1
+        self.coverage.count(node.op, "fallback", reason)
+
+    # Weights.
+
+    def _builds_in(self, piece: Piece) -> bool:
+        """Whether its weights are built into its session. Those of the weights phase are read once: not worth it."""
+        first = {piece.graph.name for piece in self._pieces[Rate.WEIGHTS.label]}
+        return self.packed and piece.graph.name not in first and bool(piece.graph.inputs_at(Rate.WEIGHTS))
+
+    def load(self, weights: WeightReader) -> None:
+        super().load(weights)
+        for piece in self._native():
+            if self._builds_in(piece):
+                names = [value.name for value in piece.graph.inputs_at(Rate.WEIGHTS)]
+                built_in = {name: self.weights[name] for name in names}
+                self._keep(piece, build(piece.graph, self.provider, built_in))
+        read = {name for graph in self.plan.graphs if graph != Rate.WEIGHTS.label for name in self.wanted(graph)}
+        self.weights = {name: tensor for name, tensor in self.weights.items() if name in read}
+
+    def wanted(self, graph: str) -> Iterable[str]:
+        read = {value.name for _, value in self.plan.graphs[graph].outputs}
+        read |= {value.name for piece in self._pieces[graph] for value in self._reads(piece)}
+        return [value.name for value in self.plan.graphs[graph].inputs if value.name in read]
+
+    def _reads(self, piece: Piece) -> list[Value]:
+        built_in = self._builds_in(piece)
+        return [value for value in piece.graph.inputs if not (built_in and value.rate == Rate.WEIGHTS)]
+
+    # Running.
+
+    def evaluate(self, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        env = dict(inputs)
+        for piece in self._pieces[graph]:
+            env |= self._run(piece, env)
+        return {name: env[value.name] for name, value in self.plan.graphs[graph].outputs}
+
+    def _run(self, piece: Piece, env: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not piece.native:
+            return run_bodies(piece.graph, env, self.backend.device)
+        given = [env[value.name] for value in self._reads(piece)]
+        types = [value.type for _, value in piece.graph.outputs]
+        made = run(self._sessions[piece.graph.name], given, types, self.backend.device)
+        return {name: tensor for (name, _), tensor in zip(piece.graph.outputs, made, strict=True)}
+
+
+def run(
+    session: Session, inputs: Sequence[Tensor], outputs: Sequence[TensorType], device: torch.device
+) -> list[Tensor]:
+    """One evaluation, in torch's memory: inputs are read where they are, outputs written into new tensors.
+
+    Args:
+        inputs: in the order of the session's, of any strides; strided ones are copied.
+        outputs: their types, in the order of the session's.
+    """
+    from helios.export.wire import element
+
+    binding = session.runs.io_binding()
+    held = [tensor.detach().contiguous() for tensor in inputs]  # until the run is over
+    made = [torch.empty(kind.shape, dtype=kind.dtype, device=device) for kind in outputs]
+    for bind, names, tensors in (
+        (binding.bind_input, session.inputs, held),
+        (binding.bind_output, session.outputs, made),
+    ):
+        for name, tensor in zip(names, tensors, strict=True):
+            at = tensor.device
+            bind(name, at.type, at.index or 0, int(element(tensor.dtype)), tuple(tensor.shape), tensor.data_ptr())
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # ONNX Runtime has a stream of its own
+    try:
+        session.runs.run_with_iobinding(binding)
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime failed: {plain(str(error))}") from error
+    return made

@@ -1,0 +1,181 @@
+"""One session a graph: how it is built, where its nodes were placed, and the sessions that are kept."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helios.errors import BackendError, GraphError
+from helios.graph import Graph, Node
+from helios.ops import opset_hash
+from helios_ort.installed import runtime
+from helios_ort.providers import Provider
+
+__all__ = ["KEPT", "Misplaced", "Refused", "Session", "build", "kept", "plain"]
+
+KEPT = 64
+"""How many sessions the process keeps. Their weights are inputs, so that one is little more than its list of nodes."""
+
+
+class Refused(BackendError):
+    """ONNX Runtime builds no session for a graph; ``why`` is its own reason."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Misplaced:
+    """A node of ONNX that runs elsewhere than asked for.
+
+    Attributes:
+        node: of Helios, that it stands for; None where ONNX Runtime made it of several.
+        kind: its op in ONNX.
+        provider: that runs it.
+    """
+
+    node: Node | None
+    kind: str
+    provider: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Session:
+    """A graph, ready to run.
+
+    Attributes:
+        runs: ``onnxruntime.InferenceSession``.
+        inputs: its names for the graph's inputs, in their order, without those that are built in.
+        outputs: its names for the graph's outputs, in their order.
+        misplaced: the nodes that run by another provider.
+    """
+
+    runs: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    misplaced: tuple[Misplaced, ...]
+
+
+_lock = threading.Lock()
+_sessions: collections.OrderedDict[tuple[Any, ...], Session] = collections.OrderedDict()
+
+
+def kept(graph: Graph, provider: Provider) -> Session:
+    """The session of a graph whose weights are inputs, built once in this process.
+
+    Raises:
+        Refused: as ``build``.
+    """
+    key = (graph.digest, opset_hash(), runtime().__version__, provider, torch.get_num_threads())
+    with _lock:
+        if key not in _sessions:
+            _sessions[key] = build(graph, provider)
+        _sessions.move_to_end(key)
+        while len(_sessions) > KEPT:
+            _sessions.popitem(last=False)
+        return _sessions[key]
+
+
+def build(
+    graph: Graph, provider: Provider, built_in: Mapping[str, Tensor] | None = None, *, optimise: bool = True
+) -> Session:
+    """A new session.
+
+    Args:
+        graph: with at least one node; each of its inputs is read.
+        provider: to run every node.
+        built_in: weights by name, on the host: ONNX Runtime copies them, into whatever form its kernels want.
+        optimise: False where only the placement is asked for.
+
+    Raises:
+        Refused: ONNX Runtime does not take the graph.
+    """
+    weights = dict(built_in or {})
+    model, inputs, outputs = _model(graph, weights)
+    options = _options(provider, optimise)
+    values = {name: _value(tensor) for name, tensor in weights.items()}
+    if values:
+        options.add_external_initializers(list(values), list(values.values()))
+    try:
+        session = runtime().InferenceSession(
+            model, options, providers=[(provider.name, provider.options)], enable_fallback=0
+        )
+    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+        raise Refused(plain(str(error))) from error
+    return Session(session, inputs, outputs, _misplaced(session, graph, provider))
+
+
+def _model(graph: Graph, weights: Mapping[str, Tensor]) -> tuple[bytes, tuple[str, ...], tuple[str, ...]]:
+    """The serialised model, whose nodes are called by what they make; its names of inputs and outputs."""
+    import onnx_ir as ir
+
+    from helios.export.model import to_model
+
+    model = to_model(graph, initializers={name: _absent(name, tensor) for name, tensor in weights.items()})
+    for node in model.graph:
+        node.name = node.outputs[0].name
+    inputs = tuple(str(value.name) for value in model.graph.inputs)
+    outputs = tuple(str(value.name) for value in model.graph.outputs)
+    return bytes(ir.to_proto(model).SerializeToString()), inputs, outputs
+
+
+def _absent(name: str, tensor: Tensor) -> Any:
+    """A tensor of a model that stands nowhere: the session gets it from memory."""
+    import onnx_ir as ir
+
+    from helios.export.wire import element
+
+    return ir.ExternalTensor(
+        "in-memory", 0, tensor.nbytes, element(tensor.dtype), shape=ir.Shape(tuple(tensor.shape)), name=name
+    )
+
+
+def _value(tensor: Tensor) -> Any:
+    """A host tensor as ONNX Runtime takes it; it reads torch's memory."""
+    return runtime().OrtValue.from_dlpack(tensor.detach().contiguous())
+
+
+def _options(provider: Provider, optimise: bool) -> Any:
+    module = runtime()
+    options = module.SessionOptions()
+    options.log_severity_level = 4  # what it would print is raised as well
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # Its threads would otherwise burn the cores on which torch computes between two evaluations.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimise:
+        options.graph_optimization_level = module.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def _misplaced(session: Any, graph: Graph, provider: Provider) -> tuple[Misplaced, ...]:
+    placed = [
+        (part.ep_name, node) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()
+    ]
+    by_output = {value.name: node for node in graph.nodes for value in node.outputs}
+    return tuple(
+        Misplaced(_origin(node.name, by_output), node.op_type, name) for name, node in placed if name != provider.name
+    )
+
+
+def _origin(name: str, by_output: Mapping[str, Node]) -> Node | None:
+    """The node of Helios whose form a node of ONNX belongs to: it is called by its output, or by that and a number."""
+    first = name.partition("/")[0]  # behind the slash stands what ONNX Runtime made of it
+    return by_output.get(first) or by_output.get(first.rpartition(".")[0])
+
+
+def plain(message: str) -> str:
+    """Without the code in front, and in one line.
+
+    >>> plain("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an implementation for Sigmoid(13)")
+    'NOT_IMPLEMENTED: Could not find an implementation for Sigmoid(13)'
+    """
+    head, mark, rest = " ".join(message.split()).partition("[ONNXRuntimeError] : ")
+    if not mark:
+        return head
+    _, kind, text = rest.split(" : ", 2)
+    return f"{kind}: {text}"
