@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import helios
-from helios.cli import backends, bench, doctor, extensions, fit, generate, graph, new_backend, ops, output
+from helios.cli import backends, bench, doctor, export, extensions, fit, generate, graph, new_backend, ops, output
 from helios.cli.options import CERTIFY, MAKE_VIDEO, PORT
 from helios.errors import HeliosError
 
@@ -59,6 +59,7 @@ app.command("doctor", rich_help_panel=MAKE_VIDEO)(doctor.doctor)
 app.command("backends", rich_help_panel=PORT)(backends.backends)
 app.command("ops", rich_help_panel=PORT, epilog=ops.EXAMPLES)(ops.ops)
 app.command("graph", rich_help_panel=PORT, epilog=graph.EXAMPLES)(graph.graph)
+app.add_typer(export.app, name="export", rich_help_panel=PORT)
 app.command("new-backend", rich_help_panel=PORT, epilog=new_backend.EXAMPLES)(new_backend.new_backend)
 app.command("bench", rich_help_panel=CERTIFY, epilog=bench.EXAMPLES)(bench.bench)
 

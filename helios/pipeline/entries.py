@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -18,6 +19,7 @@ from helios.graph import Graph
 from helios.model.vae import frames_of
 from helios.model.vae_run import decode_graphs, encode_graphs
 from helios.model.vae_split import Split
+from helios.passes import Plan, build_plan, expand, prune
 from helios.pipeline.calls import Calls, chunk_calls, decode_calls, encode_calls
 from helios.pipeline.denoise import Layout, denoise_graphs
 from helios.pipeline.history import CHUNK_LATENTS, Window
@@ -125,7 +127,12 @@ class Entries:
             found |= self._decoding()
         if "vae-encoder" in self.parts:
             found |= self._encoding()
-        return found
+        return {_short(name): dataclasses.replace(graph, name=_short(name)) for name, graph in found.items()}
+
+    def plan(self, *, local_constants: bool = False) -> Plan:
+        """The graphs in core ops, split into phases; see ``build_plan``."""
+        core = {name: expand(prune(graph)[0])[0] for name, graph in self.graphs().items()}
+        return build_plan(core, local_constants=local_constants)
 
     def _denoising(self) -> Graphs:
         kinds = {"transformer": ("denoise",), "sampler": ("shrink", "enter", "guide", "step")}
@@ -174,6 +181,9 @@ class Entries:
             for name, frames in self._encoded.items():
                 video = (1, vae.in_channels, frames, self.height, self.width)
                 found[name] = encode_calls(vae, video, torch.float32, split)
+        for made in found.values():
+            for call in made["calls"]:
+                call["model"] = _short(call["model"])
         return found
 
     def _chunk(self, *, first: bool) -> Calls:
@@ -182,3 +192,12 @@ class Entries:
         tokens = pyramid_tokens(CHUNK_LATENTS, layout.height, layout.width, config.stages, patch)
         schedule = build_schedule(config, model.variant.steps, tokens, amplify=first)
         return chunk_calls(model.transformer, config, model.pipeline, layout, self.precision, schedule, model.variant)
+
+
+def _short(name: str) -> str:
+    """A graph's name without the sizes that all graphs of an export share.
+
+    >>> _short("vae_decode_next_1x3x384x640"), _short("denoise.2")
+    ('vae_decode_next_3', 'denoise.2')
+    """
+    return re.sub(r"_\d+x(\d+)x\d+x\d+$", r"_\1", name)
