@@ -27,7 +27,7 @@ from helios.pipeline.model import Model
 from helios.precision import Precision, precision
 from helios.sampler import build_schedule, pyramid_tokens
 
-__all__ = ["PARTS", "BothWeights", "Entries"]
+__all__ = ["PARTS", "BothWeights", "Entries", "short_name"]
 
 PARTS = ("transformer", "sampler", "vae-decoder", "vae-encoder")
 """What can be taken: the forwards; the steps of solver and guidance and the changes of stage; the halves of the VAE."""
@@ -127,7 +127,7 @@ class Entries:
             found |= self._decoding()
         if "vae-encoder" in self.parts:
             found |= self._encoding()
-        return {_short(name): dataclasses.replace(graph, name=_short(name)) for name, graph in found.items()}
+        return {short_name(name): dataclasses.replace(graph, name=short_name(name)) for name, graph in found.items()}
 
     def plan(self, *, local_constants: bool = False) -> Plan:
         """The graphs in core ops, split into phases; see ``build_plan``."""
@@ -183,7 +183,7 @@ class Entries:
                 found[name] = encode_calls(vae, video, torch.float32, split)
         for made in found.values():
             for call in made["calls"]:
-                call["model"] = _short(call["model"])
+                call["model"] = short_name(call["model"])
         return found
 
     def _chunk(self, *, first: bool) -> Calls:
@@ -194,10 +194,10 @@ class Entries:
         return chunk_calls(model.transformer, config, model.pipeline, layout, self.precision, schedule, model.variant)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A graph's name without the sizes that all graphs of an export share.
 
-    >>> _short("vae_decode_next_1x3x384x640"), _short("denoise.2")
+    >>> short_name("vae_decode_next_1x3x384x640"), short_name("denoise.2")
     ('vae_decode_next_3', 'denoise.2')
     """
     return re.sub(r"_\d+x(\d+)x\d+x\d+$", r"_\1", name)
