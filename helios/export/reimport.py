@@ -26,7 +26,8 @@ def to_graph(model: ir.Model) -> Graph:
     attributes, operands, types and values from its nodes. Weights that are built in become inputs again.
 
     Raises:
-        GraphError: not an annotated model of this opset, a node of another domain, or a graph that does not verify.
+        GraphError: not an annotated model of this opset, a node of another domain, a graph that does not verify, or
+            another one than was exported.
     """
     told = _metadata(model)
     values = _inputs(model, told)
@@ -37,6 +38,10 @@ def to_graph(model: ir.Model) -> Graph:
     )
     graph = Graph(told["graph"], inputs, tuple(nodes), outputs)
     op.verify(graph)
+    if graph.digest != told["graph.sha256"]:
+        raise GraphError(
+            f"the graph {graph.name} does not fit its digest: the model was changed", fix="export it again"
+        )
     return graph
 
 

@@ -25,7 +25,7 @@ def rope(e: Emitter, x: Wire, table: Wire) -> Wire:
     b, s, h, d = x.sizes
     wide = e.wide(x)
     cos, sin = (_column(e, e.cast(table, wide.dtype), i) for i in (0, 1))
-    if e.options.opset >= ROTARY:
+    if e.options.opset >= ROTARY and wide.dtype != torch.float64:  # which the op does not take
         caches = [e.once(("rope", c.name, b), lambda c=c: _batched(e, c, b)) for c in (cos, sin)]  # type: ignore[misc]
         flat = e.reshape(wide, (b, s, h * d))
         made = e.op("RotaryEmbedding", flat, *caches, sizes=flat.sizes, num_heads=h, interleaved=1)
