@@ -69,8 +69,9 @@ def require_forms(graph: Graph) -> None:
     for node in graph.nodes:
         reason = unsupported(node)
         if reason is not None:
+            operands = ", ".join(f"{value}: {value.type}" for value in node.values)
             raise UnsupportedNode(
-                f"graph {graph.name} cannot be exported: {node}\n  reason: {reason}",
+                f"graph {graph.name} cannot be exported: {node}\n  operands: {operands}\n  reason: {reason}",
                 fix="choose a precision that is not quantised: fp32, bf16 or fp16",
             )
 
