@@ -12,7 +12,7 @@ import torch
 from helios.backend import DeviceInfo
 from helios.errors import BackendUnavailable
 
-__all__ = ["OLDEST", "devices", "require_triton"]
+__all__ = ["OLDEST", "devices", "gpus", "require_cuda", "require_triton"]
 
 OLDEST = (8, 0)
 """The oldest compute capability that the kernels are compiled for: bfloat16 in the tensor cores begins there."""
@@ -22,6 +22,13 @@ TRITON = "3.2"
 
 def devices() -> list[DeviceInfo]:
     """The GPUs of this machine. Raises BackendUnavailable with the first thing that is missing."""
+    require_cuda()
+    require_triton()
+    return gpus()
+
+
+def require_cuda() -> None:
+    """Raises BackendUnavailable if torch is not built for NVIDIA GPUs, or sees none."""
     if torch.version.cuda is None:
         why = f"this torch ({torch.__version__}) is built without CUDA"
         raise BackendUnavailable(why, "install the CUDA build of torch: https://pytorch.org/get-started")
@@ -30,7 +37,10 @@ def devices() -> list[DeviceInfo]:
         present = torch.cuda.is_available()
     if not present:
         raise BackendUnavailable(*_no_driver())
-    require_triton()
+
+
+def gpus() -> list[DeviceInfo]:
+    """Those that are new enough. Raises BackendUnavailable if none is."""
     found = [_device(i) for i in range(torch.cuda.device_count())]
     usable = [device for device in found if device is not None]
     if not usable:
