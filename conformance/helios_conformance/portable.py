@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from helios.graph import TensorType, dtype_name
+from helios.graph import Graph, TensorType, dtype_name
 from helios_conformance import checks, graph_runs, probes, rows, selection
 from helios_conformance.case import Case, Judged, Kept, Observation, Verdict
 from helios_conformance.checks import op_values, plan_nodes
@@ -21,7 +21,7 @@ from helios_conformance.draws import Root
 from helios_conformance.golden import Call, calls_of, golden, working
 from helios_conformance.graph_runs import SceneCheck
 from helios_conformance.node_values import NodeValues
-from helios_conformance.one_node import by_name, run_body, widened
+from helios_conformance.one_node import OneNode, by_name, run_body, types_of, widened
 from helios_conformance.references import References
 
 __all__ = ["IMPORTED", "Portable", "judge", "of"]
@@ -51,6 +51,10 @@ class Portable(Protocol):
 
     def about(self) -> dict[str, Any]:
         """What is to be computed, as JSON values."""
+        ...
+
+    def graph(self) -> Graph | None:
+        """The one graph that computes it, with inputs and outputs under their names; None of more than one node."""
         ...
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Kept]:
@@ -122,6 +126,10 @@ class _Node:
             "runs": [*self.runs],
         }
 
+    def graph(self) -> Graph | None:
+        values = self.runs[""]
+        return OneNode.of(values.record.name, types_of(values.tensors), values.attrs, packed=False).graph
+
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Kept]:
         found = {}
         for run, values in self.runs.items():
@@ -188,6 +196,9 @@ class _Scene:
             for call in self.calls
         ]
         return {"graphs": {name: str(graph) for name, graph in self.graphs.items()}, "calls": calls}
+
+    def graph(self) -> Graph | None:
+        return None
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Kept]:
         wanted = self.wanted()
