@@ -326,6 +326,8 @@ def test_onnx_folders_run_in_onnxruntime(tmp_path: Path) -> None:
             if any(p.data_type == onnx.TensorProto.BFLOAT16 for p in (*protos, *wanted)):
                 continue
             came = session.run(None, {p.name: numpy_helper.to_array(p) for p in protos})
+            # An angle of 999 is known to half of 6.1e-5 in float32, and so is the frequency that makes it.
+            near = 6.1e-5 if name.startswith("timestep_embedding") else 2e-5
             for proto, array in zip(wanted, came, strict=True):
                 np.testing.assert_allclose(array, numpy_helper.to_array(proto), rtol=2e-5, atol=near, err_msg=name)
             ran.add(name.partition("[")[0])
