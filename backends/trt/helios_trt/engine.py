@@ -18,7 +18,7 @@ from helios_trt.kinds import KINDS
 from helios_trt.machine import ALIGNMENT, Machine
 from helios_trt.units import Unit
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "deserialized"]
 
 
 class Engine:
@@ -129,11 +129,6 @@ class Engine:
         if not done:
             why = self._log.last("TensorRT says not why")
             raise BackendError(f"the engine of {self.unit.name}: not true that it {what}: {why}")
-
-    def information(self) -> str:
-        """What TensorRT says of its layers, as JSON."""
-        inspector = self._engine.create_engine_inspector()
-        return str(inspector.get_engine_information(self._module.LayerInformationFormat.JSON))
 
 
 def deserialized(runtime: Any, path: Path, log: Any) -> Any:
