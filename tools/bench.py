@@ -130,13 +130,13 @@ class _Case:
         self.model = _diffusers_model(self.config.to_dict(), self.dtype)
         self.indices = frame_indices()
         shapes = {i: (HEIGHT >> (2 - i), WIDTH >> (2 - i)) for i in range(3)}
-        graphs = {
+        self.graphs = {
             str(i): denoise_graph(
                 self.config, DenoiseShape(h, w, TEXT, history=HistoryShape(HEIGHT, WIDTH)), dtype=self.dtype
             )
             for i, (h, w) in shapes.items()
         }
-        program = lower(graphs, select(backend))
+        program = lower(self.graphs, select(backend))
         assert isinstance(program, KernelProgram)
         self.program = program
         self.program.load(_StateDict(self.model.state_dict()))
