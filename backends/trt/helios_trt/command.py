@@ -31,6 +31,7 @@ app = typer.Typer(
     help="Build TensorRT engines ahead of time, list them, and look into one.",
     epilog="Example: helios trt build --size 14b --precision bf16",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -170,17 +171,19 @@ def _data(entry: Entry) -> dict[str, Any]:
 
 
 def _print(entries: list[Entry]) -> None:
-    rows = []
-    for entry in entries:
-        facts, environment = entry.facts, entry.facts["environment"]
-        device = environment["device"]
-        rows.append(
-            (
-                entry.name,
-                ", ".join(facts["graphs"]),
-                output.gigabytes(entry.nbytes),
-                output.seconds(facts["seconds"]),
-                f"TensorRT {environment['tensorrt']}, {device['name']}",
-            )
-        )
-    output.table(["entry", "graphs", "size", "built in", "for"], rows, right=["size", "built in"])
+    """A table for each TensorRT and device."""
+    places = dict.fromkeys(_place(entry) for entry in entries)
+    for place in places:
+        output.line(place)
+        rows = [
+            (entry.name, ", ".join(entry.facts["graphs"]), output.gigabytes(entry.nbytes), entry.facts["seconds"])
+            for entry in entries
+            if _place(entry) == place
+        ]
+        output.table(["entry", "graphs", "size", "seconds"], rows, right=["size", "seconds"])
+
+
+def _place(entry: Entry) -> str:
+    environment = entry.facts["environment"]
+    device = environment["device"]
+    return f"For TensorRT {environment['tensorrt']} on {device['name']}, sm {device['capability']}"

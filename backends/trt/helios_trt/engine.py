@@ -102,7 +102,7 @@ class Engine:
             inputs: what ``Unit.inputs`` names, in that order, on the device, of any strides.
         """
         graph, context = self.unit.graphs[at], self._contexts[at]
-        given = [self._plain(tensor) for tensor in inputs]
+        given = [self._machine.plain(tensor) for tensor in inputs]
         made = [self._machine.empty(value.shape, value.dtype) for _, value in graph.outputs]
         first = self.unit.graphs[0]
         names = [*(v.name for v in self.unit.inputs(first)), *self._outputs]
@@ -118,12 +118,6 @@ class Engine:
     def _nowhere(self) -> Tensor:
         """Memory for a tensor without elements: TensorRT wants an address all the same."""
         return self._machine.empty((ALIGNMENT,), torch.uint8)
-
-    def _plain(self, tensor: Tensor) -> Tensor:
-        """Row-major and aligned; a copy where it is not."""
-        if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
-            return tensor
-        return self._machine.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
     def _require(self, done: bool, what: str) -> None:
         if not done:

@@ -40,6 +40,12 @@ class Machine:
         """New memory, at an address that is a multiple of ``ALIGNMENT``: torch's allocator on a GPU gives 512."""
         return torch.empty(shape, dtype=dtype, device=self.device)
 
+    def plain(self, tensor: Tensor) -> Tensor:
+        """The tensor row-major and aligned: itself, or a copy where it is not."""
+        if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
+            return tensor
+        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
     @contextlib.contextmanager
     def queue(self) -> Iterator[int]:
         """Within, the device is current; the handle of a stream that is behind everything that was queued before, and

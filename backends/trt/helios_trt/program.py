@@ -68,6 +68,13 @@ class TrtProgram(Program):
         label = Rate.WEIGHTS.label
         held = self.evaluate(label, {name: placed[name] for name in self.wanted(label)})
         self._ready(placed | held)
+        # The base keeps what graphs read; what is built into their engines they do not.
+        read = {name for graph in self.plan.graphs if graph != label for name in self.wanted(graph)}
+        self.weights = {name: tensor for name, tensor in self.weights.items() if name in read}
+
+    def move(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Aligned once, where it is placed: a weight that is not would be copied at each call."""
+        return self._trt.machine.plain(super().move(tensor, dtype))
 
     def _open(self) -> None:
         """Contexts of all engines in one piece of memory: they run one after another."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import errno
 import hashlib
 import json
 import os
@@ -23,13 +22,11 @@ from typing import Any
 
 from helios.errors import InputError, StorageError
 from helios_trt import locks
+from helios_trt.room import budget_bytes, failing, gigabytes, require_room
 
-__all__ = ["BUDGET", "FORMAT", "Entry", "Store", "cache_folder", "failing"]
+__all__ = ["FORMAT", "Entry", "Store", "cache_folder"]
 
 FORMAT = "helios-trt-1"
-BUDGET = 200
-"""Gigabytes (10⁹ bytes) that all engines together may take, unless HELIOS_TRT_BUDGET says otherwise."""
-
 _PIECE = 1 << 24
 
 
@@ -70,7 +67,7 @@ class Store:
 
     def __init__(self, folder: Path | None = None, budget: int | None = None) -> None:
         self.folder = folder or cache_folder()
-        self.budget = _budget() if budget is None else budget
+        self.budget = budget_bytes() if budget is None else budget
         self._kept: dict[str, locks.Held] = {}
 
     # Names and files.
@@ -79,7 +76,7 @@ class Store:
     def entry_name(name: str, environment: Mapping[str, Any]) -> str:
         """Of an entry: the graph's name for readers, and a hash over all that the engine depends on."""
         text = json.dumps(environment, sort_keys=True)
-        return f"{re.sub(r'[^A-Za-z0-9_.]', '_', name)}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+        return f"{re.sub(r'[^A-Za-z0-9_.]', '_', name)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.engine"
@@ -162,7 +159,7 @@ class Store:
         folder = self.folder / "building"
         with failing(self.folder):
             folder.mkdir(parents=True, exist_ok=True)
-            _require_room(self.folder, needed)
+            require_room(self.folder, needed)
             scratch = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=folder))
         try:
             with failing(self.folder):
@@ -206,7 +203,7 @@ class Store:
         """
         if size > self.budget:
             raise StorageError(
-                f"one engine of {_gigabytes(size)} is more than all engines may take, {_gigabytes(self.budget)}",
+                f"one engine of {gigabytes(size)} is more than all engines may take, {gigabytes(self.budget)}",
                 f"HELIOS_TRT_BUDGET={-(-size // 10**9)} or more, in GB",
             )
         entries = [entry for entry in self.entries() if entry.name != keep]
@@ -243,17 +240,6 @@ class Store:
         return self.folder / "locks" / f"{name}.{what}"
 
 
-def _budget() -> int:
-    text = os.environ.get("HELIOS_TRT_BUDGET", "")
-    try:
-        gigabytes = float(text) if text else BUDGET
-    except ValueError:
-        gigabytes = -1
-    if not gigabytes > 0:
-        raise InputError(f"HELIOS_TRT_BUDGET is {text!r}, wanted gigabytes", f"HELIOS_TRT_BUDGET={BUDGET}")
-    return int(gigabytes * 10**9)
-
-
 def _differs(found: Any, wanted: Mapping[str, Any], under: str = "") -> str:
     """The first thing in which two environments differ."""
     found = found if isinstance(found, Mapping) else {}
@@ -265,33 +251,6 @@ def _differs(found: Any, wanted: Mapping[str, Any], under: str = "") -> str:
         elif found.get(key) != value:
             return f"{under}{key} is {found.get(key)}, here {value}"
     return ""
-
-
-@contextlib.contextmanager
-def failing(path: Path) -> Iterator[None]:
-    """Within, a disk that is full or cannot be written is a StorageError that names the place."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "free some room there" if full else "check that the folder can be written"
-        why = f"cannot keep an engine in {path}: {error.strerror or error}"
-        raise StorageError(why, f"{fix}, or set XDG_CACHE_HOME to a place on another disk") from error
-
-
-def _require_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise StorageError(
-            f"building an engine needs {_gigabytes(needed)} in {folder}, where {_gigabytes(free)} are free",
-            f"free {_gigabytes(needed - free)} there, or set XDG_CACHE_HOME to a place on another disk",
-        )
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
 
 
 def _sha256(path: Path) -> str:
