@@ -268,15 +268,13 @@ class Fit:
                 yield (doubt, cost), monomials
 
     def _solve(self, monomials: Sequence[Monomial], values: tuple[int, ...]) -> Size | None:
-        """The coefficients with which these products give the values, none of them 0; or None."""
+        """These products with the coefficients that give the values; or None."""
         rows = [
             [Fraction(self._columns[m][i]) for m in monomials] + [Fraction(values[i])]
             for i in range(self._observations)
         ]
         coefficients = _eliminate(rows, len(monomials))
-        if coefficients is None or not all(coefficients):
-            return None
-        return Dim.of(zip(monomials, coefficients, strict=True))
+        return None if coefficients is None else Dim.of(zip(monomials, coefficients, strict=True))
 
 
 def _eliminate(rows: list[list[Fraction]], unknowns: int) -> list[Fraction] | None:

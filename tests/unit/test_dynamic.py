@@ -167,6 +167,17 @@ def test_a_sample_that_was_made_twice_confirms_nothing() -> None:
     assert fit((10, 14, 15)) is None
 
 
+def test_a_product_comes_before_a_sum() -> None:
+    heights, widths = (2, 3, 4, 5, 7, 13), (13, 7, 5, 4, 3, 2)
+    values = [a + b for a, b in zip(heights, widths, strict=True)]
+    assert values == [a * b - 11 for a, b in zip(heights, widths, strict=True)]
+    assert fitted(values, heights, widths) == h * w - 11
+    heights, widths = (8, 9, 10, 12, 15, 18), (24, 18, 15, 12, 10, 9)
+    values = [3 * a + 3 * b for a, b in zip(heights, widths, strict=True)]
+    assert values == [a * b // 2 for a, b in zip(heights, widths, strict=True)]
+    assert fitted(values, heights, widths) == h * w // 2
+
+
 def test_small_denominators_come_before_simple_forms() -> None:
     odd = Dim.symbol("odd", 0)
     fit = Fit(2, 2)
@@ -408,6 +419,38 @@ def test_same_sizes_have_no_symbols() -> None:
     unified = unify([mixer(2), mixer(2)])
     assert unified.symbols == ()
     assert unified.at({}) == mixer(2)
+
+
+def held(*rows: tuple[int, int], name: str = "chunk.0123456789abcdef") -> Unified:
+    """Rows of an input behind rows of a value held from a slower phase, which is declared first."""
+
+    def make(fed: int, kept: int) -> Graph:
+        with Builder("held") as build:
+            past = build.input(name, (kept, 2), F32, Rate.CHUNK)
+            x = build.input("x", (fed, 2), F32, Rate.STEP)
+            build.output("y", concat([past, x], dim=0))
+        return build.graph()
+
+    return unify([make(*pair) for pair in rows])
+
+
+def test_what_each_step_is_fed_says_the_size() -> None:
+    x = Dim.symbol("x", 0)
+    assert held((2, 4), (3, 6)).sizes["chunk.0123456789abcdef"] == (2 * x, 2)
+    assert held((2, 4), (3, 6), name="past").sizes["past"] == (2 * x, 2)
+
+
+def test_a_held_value_follows_only_where_a_sample_confirms_it() -> None:
+    x = Dim.symbol("x", 0)
+    assert held((2, 7), (3, 11), (4, 15)).sizes["chunk.0123456789abcdef"] == (4 * x - 1, 2)
+    kept = ("chunk.0123456789abcdef", 0)
+    for rows in (((2, 7), (3, 11)), ((2, 7), (3, 11), (3, 11)), ((2, 7), (3, 11), (4, 16))):
+        assert held(*rows).symbols == (("x", 0), kept)
+    assert held((2, 7), (3, 11), (4, 16), (9, 8)).sizes["0"] == (x + Dim.symbol(*kept), 2)
+
+
+def test_a_fed_value_follows_only_as_a_multiple() -> None:
+    assert held((2, 7), (3, 11), (4, 15), name="past").symbols == (("x", 0), ("past", 0))
 
 
 def test_attributes_inside_tuples_vary() -> None:
