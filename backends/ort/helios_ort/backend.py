@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from helios.backend import Backend, DeviceInfo
-from helios.errors import BackendError
+from helios.errors import BackendError, BackendUnavailable
 from helios.graph import Node
 from helios.passes import Plan
 from helios.program import Program
@@ -21,10 +21,10 @@ __all__ = ["OrtBackend"]
 
 
 class OrtBackend(Backend):
-    """Runs whole graphs by ONNX Runtime: ``ort`` on the CPU, ``ort:cuda`` and so on by any provider that is installed."""
+    """Runs whole graphs by ONNX Runtime: ``ort`` on the CPU, ``ort:cuda`` … by any provider that is installed."""
 
     name = "ort"
-    options = {"weights": ("shared", "packed")}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"weights": ("shared", "packed")}
 
     def __init__(self, provider: str = "", index: int = 0, **options: str) -> None:
         super().__init__("", index, **options)
@@ -37,6 +37,9 @@ class OrtBackend(Backend):
 
     def devices(self) -> Sequence[DeviceInfo]:
         providers.require_usable(self.provider)
+        if not self.precisions:
+            why = f"the provider {self.provider.short!r} computes in no precision; of fp32: {self.withheld['fp32']}"
+            raise BackendUnavailable(why, "HELIOS_BACKEND=ort, which is the provider for the CPU")
         return providers.devices(self.provider)
 
     @property

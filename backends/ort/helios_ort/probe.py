@@ -75,6 +75,6 @@ def _network(dtype: torch.dtype) -> Graph:
         weight = build.input("weight", (8, 8), dtype, Rate.WEIGHTS)
         y = op.get("gelu")(op.get("linear")(op.get("rms_norm")(x), weight))
         heads = op.get("split_heads")(y, heads=2)
-        z = op.get("merge_heads")(op.get("attention")(heads, heads, heads))
+        z = op.get("reshape")(op.get("attention")(heads, heads, heads), shape=(1, 4, 8))
         build.output("y", op.get("add")(op.get("layer_norm")(z), x))
     return build.graph()

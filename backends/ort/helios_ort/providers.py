@@ -74,7 +74,7 @@ def short_name(name: str) -> str:
 
 
 def installed() -> list[str]:
-    """The providers of the installed ONNX Runtime, its own preference first; that does not say that they can be used."""
+    """The providers of the installed ONNX Runtime, its own preference first, whether they can be used here or not."""
     return [str(name) for name in runtime().get_available_providers()]
 
 
@@ -92,7 +92,9 @@ def find(short: str, index: int = 0) -> Provider:
     if wanted in {short_name(name) for name in module.get_all_providers()}:
         why = f"ONNX Runtime {module.__version__} as it is installed has no provider {wanted!r}; it has {_list(known)}"
         raise BackendUnavailable(why, _fix(wanted))
-    raise BackendUnavailable(unknown_name("execution provider", short, known), f"HELIOS_BACKEND=ort:{min(known)}")
+    raise BackendUnavailable(
+        unknown_name("execution provider", short, known), "HELIOS_BACKEND=ort, or one of these behind it: ort:NAME"
+    )
 
 
 def _list(names: Mapping[str, str]) -> str:
@@ -125,7 +127,7 @@ def require_usable(provider: Provider) -> None:
             usable, why = False, " ".join(str(error).split())
     if not usable:
         raise BackendUnavailable(
-            f"the provider {provider.short!r} cannot be used here: {_reason(told) or why or 'ONNX Runtime leaves it out'}",
+            f"the provider {provider.short!r} cannot be used here: {_reason(told) or why or _SILENT}",
             "install what it needs: https://onnxruntime.ai/docs/execution-providers",
         )
 
@@ -157,6 +159,7 @@ def _stderr() -> Iterator[list[str]]:
             told += file.read().decode(errors="replace").splitlines()
 
 
+_SILENT = "ONNX Runtime leaves it out and says nothing"
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _LIBRARY = re.compile(r"Failed to load library \S*?([^/\s]+) with error: (.+)")
 _ENTRY = re.compile(r"\[[A-Z]:onnxruntime:[^\]]*\] ?(.*)")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from helios.errors import BackendError, GraphError
+from helios.errors import BackendError
 from helios.graph import Graph, Node
 from helios.ops import opset_hash
 from helios_ort.installed import runtime
