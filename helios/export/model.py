@@ -16,7 +16,7 @@ from helios.errors import GraphError, UnsupportedNode
 from helios.export.attributes import to_onnx
 from helios.export.dynamic import Unified
 from helios.export.emitter import Emitter, Options, shape_of
-from helios.export.forms import FORMS, unsupported
+from helios.export.forms import FORMS, Form, unsupported
 from helios.export.wire import Sizes, Wire, element
 from helios.graph import Graph, Node, Operand, Value
 from helios.ops import OPSET, opset_hash
@@ -38,6 +38,7 @@ def to_model(
     options: Options | None = None,
     *,
     initializers: Mapping[str, ir.TensorProtocol] | None = None,
+    forms: Mapping[str, Form] = FORMS,
 ) -> ir.Model:
     """The graph as a model.
 
@@ -49,6 +50,7 @@ def to_model(
         graph: with exact sizes; or, of several sizes, unified into one: in the standard form only.
         options: the form, and how it is written.
         initializers: tensors of inputs that are built into the model, by name: weights. They are not read.
+        forms: how ops are written, by name: those of Helios unless an engine takes another form better.
 
     Raises:
         UnsupportedNode: names an op without a form, with its operands' types.
@@ -56,18 +58,18 @@ def to_model(
     """
     options = options or Options()
     whole = graph if isinstance(graph, Unified) else _exact(graph)
-    require_forms(whole.graph)
+    require_forms(whole.graph, forms)
     if options.form == "annotated" and isinstance(graph, Unified):
         raise GraphError(
             "the annotated form has exact sizes: they are attributes of its ops", fix="--form standard, or no --dynamic"
         )
-    return _Model(whole, options, dict(initializers or {})).build()
+    return _Model(whole, options, dict(initializers or {}), forms).build()
 
 
-def require_forms(graph: Graph) -> None:
+def require_forms(graph: Graph, forms: Mapping[str, Form] = FORMS) -> None:
     """Raises UnsupportedNode for the first node that has no form in ONNX."""
     for node in graph.nodes:
-        reason = unsupported(node)
+        reason = unsupported(node, forms)
         if reason is not None:
             operands = ", ".join(f"{value}: {value.type}" for value in node.values)
             raise UnsupportedNode(
@@ -85,8 +87,14 @@ def _exact(graph: Graph) -> Unified:
 class _Model:
     """Writes the nodes of one graph."""
 
-    def __init__(self, whole: Unified, options: Options, initializers: dict[str, ir.TensorProtocol]) -> None:
-        self.whole, self.graph, self.options = whole, whole.graph, options
+    def __init__(
+        self,
+        whole: Unified,
+        options: Options,
+        initializers: dict[str, ir.TensorProtocol],
+        forms: Mapping[str, Form],
+    ) -> None:
+        self.whole, self.graph, self.options, self.forms = whole, whole.graph, options, forms
         self.emitter = Emitter(options)
         self.emitter.dimension = self.dimension
         self.functions: dict[tuple[str, str], ir.Function] = {}
@@ -146,7 +154,7 @@ class _Model:
             made: tuple[Wire, ...] = tuple(self.computed(node))
         else:
             self.emitter.expected = tuple(self.sizes(value) for value in node.outputs)
-            made = _written(self.emitter, node, attributes, self.operands(node), self.sizes)
+            made = _written(self.emitter, self.forms, node, attributes, self.operands(node), self.sizes)
         self.keep(node, made)
 
     def computed(self, node: Node) -> Iterator[Wire]:
@@ -160,7 +168,7 @@ class _Model:
     def annotated(self, node: Node, attributes: Mapping[str, Any]) -> None:
         key = overload(node)
         if (node.op, key) not in self.functions:
-            self.functions[node.op, key] = function(node, key, self.options)
+            self.functions[node.op, key] = function(node, key, self.options, self.forms)
         made = tuple(self.declared(value) for value in node.outputs)
         inputs = [None if x is None else x.value for x in _flat(self.operands(node))]
         while inputs and inputs[-1] is None:
@@ -233,15 +241,16 @@ def _flat(operands: list[Any]) -> Iterator[Wire | None]:
 
 def _written(
     e: Emitter,
+    forms: Mapping[str, Form],
     node: Node,
     attributes: Mapping[str, Any],
     operands: list[Any],
     sizes_of: Callable[[Value], Sizes],
 ) -> tuple[Wire, ...]:
     """The standard form of a node; of a fused op that of what it is made of."""
-    if node.op in FORMS:
+    if node.op in forms:
         e.expected = tuple(sizes_of(value) for value in node.outputs)
-        made = FORMS[node.op](e, *operands, **attributes)
+        made = forms[node.op](e, *operands, **attributes)
         return made if isinstance(made, tuple) else (made,)
     if attributes != node.attributes or any(not isinstance(n, int) for x in _flat(operands) if x for n in x.sizes):
         raise GraphError(f"{node.op} is a fused op: with sizes left open only core ops are written", "expand it first")
@@ -250,7 +259,7 @@ def _written(
     wires = {value.name: wire for value, wire in zip(node.values, given, strict=True)}
     for part in inside.nodes:
         parts = [_mapped(operand, wires) for operand in part.inputs]
-        made = _written(e, part, part.attributes, parts, lambda value: value.shape)
+        made = _written(e, forms, part, part.attributes, parts, lambda value: value.shape)
         wires |= {value.name: wire for value, wire in zip(part.outputs, made, strict=True)}
     return tuple(wires[value.name] for _, value in inside.outputs)
 
@@ -267,7 +276,7 @@ def _types(operand: Operand) -> str:
     return "_" if operand is None else str(operand.type)
 
 
-def function(node: Node, key: str, options: Options) -> ir.Function:
+def function(node: Node, key: str, options: Options, forms: Mapping[str, Form]) -> ir.Function:
     """The function that a node calls: its standard form, on inputs of exactly these types."""
     e = Emitter(options)
     e.place = node.op
@@ -275,7 +284,7 @@ def function(node: Node, key: str, options: Options) -> ir.Function:
     inputs: list[ir.Value] = []
     operands = [_parameter(operand, names, inputs) for operand in node.inputs]
     if node.inputs:
-        made = _written(e, node, node.attributes, operands, lambda value: value.shape)
+        made = _written(e, forms, node, node.attributes, operands, lambda value: value.shape)
     else:
         made = tuple(e.constant(tensor) for tensor in constants(node))
     outputs = [e.op("Identity", wire) for wire in made]

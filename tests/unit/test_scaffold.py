@@ -48,7 +48,7 @@ def test_the_project_registers_the_backend(kind: str, made: dict[str, Path]) -> 
     assert project["name"] == "helios-my-chip"
     assert project["entry-points"]["helios.backends"] == {"my_chip": "helios_my_chip:MyChipBackend"}
     assert "helios-hal" in project["dependencies"]
-    assert ("onnx>=1.17" in project["dependencies"]) is (kind == "engine")
+    assert ("onnx-ir>=0.1.4" in project["dependencies"]) is (kind == "engine")
 
 
 @pytest.mark.parametrize("kind", KINDS)
