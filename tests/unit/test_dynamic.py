@@ -543,6 +543,9 @@ def test_another_op_or_operand_or_number_of_nodes() -> None:
     for graphs in ([mixer(2), longer], [longer, mixer(2)]):
         with pytest.raises(GraphError, match=r"nothing"):
             unify(graphs)
+    renamed = dataclasses.replace(mixer(3), outputs=(("z", mixer(3).outputs[0][1]),))
+    with pytest.raises(GraphError, match=r"output 0 is y = node 1 in sample 0, but z = node 1 in sample 1"):
+        unify([mixer(2), renamed])
 
 
 def test_another_name_dtype_rate_or_rank_of_an_input() -> None:
