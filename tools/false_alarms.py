@@ -1,7 +1,8 @@
 """Right backends on the suite's cases, seed after seed: how many fail, and how near to its bound each statistic comes.
 
-Usage: ``python tools/false_alarms.py [--backend NAME]… [--precision P]… [--level LEVEL] [--seeds N]
-[--suite quick|full] [ID…]``. ``--level`` is the highest that runs. Exit 1 if any case fails, 2 if there is none.
+Usage: ``python tools/false_alarms.py [--backend NAME]… [--precision P]… [--level LEVEL] [--seeds N] [--nonce TEXT]
+[--suite quick|full] [ID…]``. ``--level`` is the highest that runs. Another nonce draws other inputs for the same seeds.
+Exit 1 if any case fails, 2 if there is none.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("ids", nargs="*")
     parser.add_argument("--backend", action="append", default=[])
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--nonce", default="false alarms")
     parser.add_argument("--suite", choices=("quick", "full"), default="quick")
     parser.add_argument("--precision", action="append", choices=PRECISIONS, default=[])
     parser.add_argument("--level", choices=LEVELS[:-1], default="pipeline")
@@ -44,7 +46,7 @@ def main() -> int:
             nearest: dict[str, tuple[float, str]] = {}
             wrong = 0
             for seed in range(arguments.seeds):
-                session = Session(select(name), Root(seed, "false alarms"))
+                session = Session(select(name), Root(seed, arguments.nonce))
                 for case in cases:
                     verdict = execute.run_here(case, session, known)[1]
                     wrong += _told(case, seed, verdict)

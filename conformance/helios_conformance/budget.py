@@ -29,6 +29,7 @@ __all__ = [
     "measure",
     "of_chain",
     "rounds_once",
+    "uneven",
     "unit",
 ]
 
@@ -185,20 +186,37 @@ def of_chain(reference: Errors) -> Errors:
     return dataclasses.replace(reference, norm=reference.norm * 4 / 3, worst=reference.worst * 3)
 
 
-def conditioned(reference: Errors, here: Errors, ordinary: Errors) -> Errors:
+def conditioned(reference: Errors, here: float, ordinary: float) -> Errors:
     """The reference's errors as they count on an ill-conditioned draw.
 
     Args:
         reference: as committed.
-        here: of exact operations whose results are rounded, on this draw.
-        ordinary: the same on ordinary draws, of which the reference's own are some.
+        here: what the norm of the error of exact operations whose results are rounded may come to on this draw.
+        ordinary: what it is on ordinary draws, of which the reference's own are some.
     """
+    grown = max(1.0, here / ordinary) if ordinary else 1.0
+    return dataclasses.replace(reference, norm=reference.norm * grown)
 
-    def grown(known: float, now: float, usual: float) -> float:
-        return known * max(1.0, now / usual) if usual else known
 
-    norm, worst = grown(reference.norm, here.norm, ordinary.norm), grown(reference.worst, here.worst, ordinary.worst)
-    return dataclasses.replace(reference, norm=norm, worst=worst)
+def uneven(bound: Errors, result: Tensor, oracle: Tensor, allowance: Tensor) -> Errors:
+    """The bounds where elements err unevenly: each may be off by the bound of all or by its own, whichever is more.
+
+    The bound on the worst element becomes that of the element which comes nearest to its own, or lies farthest beyond
+    it, in proportion: a result is within it where every element is.
+
+    Args:
+        bound: of all elements alike.
+        result, oracle: as for ``measure``.
+        allowance: of each element, absolute, float64, of the same shape.
+    """
+    right = oracle.isfinite()
+    y, o = result.double()[right], oracle[right]
+    rms = float(o.square().mean().sqrt()) if o.numel() else 0.0
+    if not rms or not bool(y.isfinite().all()):
+        return bound
+    off = (y - o).abs()
+    nearest = float((off / allowance[right].clamp(min=bound.worst * rms)).max())
+    return dataclasses.replace(bound, worst=float(off.max()) / rms / nearest) if nearest else bound
 
 
 def _top(oracle: Tensor) -> float:

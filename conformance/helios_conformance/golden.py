@@ -16,6 +16,7 @@ import functools
 from collections.abc import Generator, Hashable, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from helios.graph import Graph, Node, Operand, Rate, Value
 from helios.passes import quantize
 from helios.precision import DTYPES, PRECISIONS
 from helios.program import WeightReader
-from helios_conformance.draws import Root
+from helios_conformance.draws import Root, bits
 
 __all__ = [
     "Call",
@@ -168,6 +169,47 @@ class RoundingInterpreter(Interpreter):
         return [x.to(v.type.dtype) for x, v in zip(results, node.outputs, strict=True)]
 
 
+class DrawnInterpreter(RoundingInterpreter):
+    """As its base, with other errors of rounding for every key: each result is moved by up to one more unit roundoff of
+    itself before it is rounded. In float32 the operands of what computes are moved as well, since there sums are
+    rounded in the dtype of the result: a sum in any order is the exact one of terms that are off by some u.
+
+    Numbers of 8 bits stay: what they are made of has moved already, and the largest would become infinite.
+
+    Args:
+        key: 128 bits; of each number that is moved they and a count draw by how much.
+    """
+
+    def __init__(self, graphs: Mapping[str, Graph], weights: WeightReader, key: int) -> None:
+        super().__init__(graphs, weights)
+        self._key = key
+
+    def _compute(self, node: Node, operands: Iterable[Any]) -> Iterable[Tensor]:
+        given = map(_widened, operands)
+        if op.get(node.op).kind == "move":
+            return super()._compute(node, given)
+        if node.outputs[0].type.dtype == torch.float32:
+            given = map(self._off, given, node.inputs)
+        results = Interpreter._compute(self, node, given)
+        moved = [x if _fixed(v) else self._moved(x, v.dtype) for x, v in zip(results, node.outputs, strict=True)]
+        return [x.to(v.type.dtype) for x, v in zip(moved, node.outputs, strict=True)]
+
+    def _off(self, tensor: Any, operand: Operand) -> Any:
+        """An operand, moved unless it is a weight: one factor of each product is enough."""
+        if not isinstance(operand, Value) or _fixed(operand) or operand.rate == Rate.WEIGHTS:
+            return tensor
+        return self._moved(tensor, torch.float32)
+
+    def _moved(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        self._key += 1
+        off = torch.from_numpy(bits(self._key, tensor.numel()).astype(np.float64)).reshape(tensor.shape)
+        return tensor * (1.0 + torch.finfo(dtype).eps / 2 * (off / 2**15 - 1.0))
+
+
+def _fixed(value: Value) -> bool:
+    return not value.dtype.is_floating_point or value.dtype.itemsize == 1
+
+
 def _widened(operand: Any) -> Any:
     if isinstance(operand, list):
         return [_widened(x) for x in operand]
@@ -219,13 +261,20 @@ def reference(scene: Scene, root: Root, precision: str) -> dict[str, Tensor]:
     return _outputs(Interpreter(working(scene, precision), scene.weights(dtype)), scene, root, dtype)
 
 
-def rounded(scene: Scene, root: Root, precision: str) -> dict[str, Tensor]:
+def rounded(scene: Scene, root: Root, precision: str, draw: int | None = None) -> dict[str, Tensor]:
     """What exact operations give whose results are rounded to what a precision's graphs declare, by ``call.output``.
 
     The same on every host, but for the order of sums in float64: no arithmetic of the working dtype is in it.
+
+    Args:
+        draw: a number for each of as many independent sets of rounding errors as are wanted; None for those of rounding
+            to nearest alone.
     """
     dtype = scene.dtype(precision)
-    return _outputs(RoundingInterpreter(working(scene, precision), scene.weights(dtype)), scene, root, dtype)
+    told = working(scene, precision), scene.weights(dtype)
+    if draw is None:
+        return _outputs(RoundingInterpreter(*told), scene, root, dtype)
+    return _outputs(DrawnInterpreter(*told, root.key("rounding errors", draw)), scene, root, dtype)
 
 
 def _outputs(interpreter: Interpreter, scene: Scene, root: Root, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from helios.program import EMPTY, Context, Program, WeightReader
 from helios_conformance import budget, selection
 from helios_conformance.budget import Errors
 from helios_conformance.case import Case, Judged, Kept, Observation, Verdict
+from helios_conformance.condition import Draw, Seen
 from helios_conformance.draws import Root
-from helios_conformance.golden import Call, Scene, calls_of, golden, reference, rounded, working
+from helios_conformance.golden import Call, Scene, calls_of, golden, reference, working
 
 if TYPE_CHECKING:
     from helios_conformance.references import References
@@ -76,8 +77,8 @@ class SceneCheck:
         dtype = scene.dtype(case.precision)
         oracle = golden(scene, root, dtype)
         wanted = wanted_of(scene, oracle.calls, dtype)
-        ill = functools.cache(lambda: _condition(scene, root, case.precision, min(self.draws(case), 4)))
-        judged, reasons = judge_kept(case, observation, root, references, oracle.outputs, wanted, condition=ill)
+        draw = Draw(scene, root, case.precision, self.draws(case))
+        judged, reasons = judge_kept(case, observation, root, references, oracle.outputs, wanted, draw=draw)
         if observation.facts.get("again_equal") is not True:
             reasons.append("the first call gave other bits when it was made again after the others")
         return Verdict("fail" if reasons else "pass", "; ".join(reasons), judged)
@@ -148,7 +149,7 @@ def judge_kept(
     oracle: Mapping[str, Tensor],
     wanted: Mapping[str, Wanted],
     shares: Mapping[str, int] | None = None,
-    condition: Callable[[], Mapping[str, Condition]] | None = None,
+    draw: Draw | None = None,
 ) -> tuple[dict[str, Judged], list[str]]:
     """The numbers of every output, and what is wrong with them.
 
@@ -156,8 +157,7 @@ def judge_kept(
         oracle: whole outputs in float64.
         wanted: what each must be, by the same names.
         shares: by how many outputs each shares the room; default: all by all.
-        condition: of this draw, by output. Asked for only where a bound is passed: where rounding alone errs more than
-            on ordinary draws, the reference counts as erring more by as much.
+        draw: whose condition is asked for, only where a bound is passed.
     """
     if set(observation.outputs) != set(wanted):
         odd = sorted(set(observation.outputs) ^ set(wanted))
@@ -170,35 +170,21 @@ def judge_kept(
         if wrong:
             reasons.append(f"{name}: {wrong}")
             continue
-        right = chosen_of(root, case, name, kept, oracle[name], shares[name] if shares else len(wanted))
+        choose = functools.partial(chosen_of, root, case, name, kept, share=shares[name] if shares else len(wanted))
+        right = choose(oracle[name])
         if right.shape != kept.values.shape:
             reasons.append(f"{name}: {kept.values.numel()} elements are kept, its digest chooses {right.numel()}")
             continue
         errors = budget.measure(kept.values, right)
         known = references.get(case.id, name)
         counted = budget.of_chain(known) if output.chain else known
-        bounds = budget.allowed("fused", output.type.dtype, output.terms, right, counted)
-        if condition is not None and budget.exceeded(errors, bounds):
-            counted = budget.conditioned(counted, *condition()[name])
-            bounds = budget.allowed("fused", output.type.dtype, output.terms, right, counted)
+        bound = functools.partial(budget.allowed, "fused", output.type.dtype, output.terms, right)
+        bounds = bound(counted)
+        if draw is not None and budget.exceeded(errors, bounds):
+            bounds = draw.bounds(Seen(name, kept.values, right, choose, bound), counted)
         judged[name] = Judged(errors, bounds, known)
         reasons += [f"{name}: {line}" for line in budget.exceeded(errors, bounds)]
     return judged, reasons
-
-
-Condition: TypeAlias = tuple[Errors, Errors]
-"""The errors of exact operations whose results are rounded: on a draw, and the largest on ordinary ones."""
-
-
-def _condition(scene: Scene, root: Root, precision: str, ordinary: int) -> dict[str, Condition]:
-    dtype = scene.dtype(precision)
-
-    def errors(of: Root) -> dict[str, Errors]:
-        oracle = golden(scene, of, dtype).outputs
-        return {name: budget.measure(came, oracle[name]) for name, came in rounded(scene, of, precision).items()}
-
-    others = [errors(Root(draw, "ordinary draws")) for draw in range(ordinary)]
-    return {name: (mine, largest([other[name] for other in others])) for name, mine in errors(root).items()}
 
 
 def misshapen(kept: Kept, wanted: TensorType) -> str:

@@ -190,7 +190,7 @@ def test_nothing_is_computed_again_where_no_bound_is_passed(bench: Any, monkeypa
     def never(*arguments: Any) -> Any:
         raise AssertionError("the scene was computed once more")
 
-    monkeypatch.setattr("helios_conformance.graph_runs.rounded", never)
+    monkeypatch.setattr("helios_conformance.condition.rounded", never)
     assert bench.run("block[bf16,tiny,odd]", select("cpu"))[1].state == "pass"
 
 

@@ -250,11 +250,30 @@ def test_the_statistics_are_those_of_errors() -> None:
     assert set(budget_margins.STATISTICS) < set(Errors.__dataclass_fields__)
 
 
-def test_an_ill_conditioned_draw_scales_norm_and_worst_and_nothing_else() -> None:
-    known, usual = Errors(1.0, 2.0, 0.5, 0.25, 10), Errors(2.0, 4.0, 1.0, 1.0, 10)
-    assert budget.conditioned(known, Errors(3.0, 12.0, 9.0, 1.0, 10), usual) == Errors(1.5, 6.0, 0.5, 0.25, 10)
-    assert budget.conditioned(known, Errors(1.0, 1.0, 9.0, 1.0, 10), usual) == known  # never less
-    assert budget.conditioned(known, usual, budget.NONE) == known  # where ordinary draws have no error at all
+def test_an_ill_conditioned_draw_scales_the_norm_and_nothing_else() -> None:
+    known = Errors(1.0, 2.0, 0.5, 0.25, 10)
+    assert budget.conditioned(known, 3.0, 2.0) == Errors(1.5, 2.0, 0.5, 0.25, 10)
+    assert budget.conditioned(known, 1.0, 2.0) == known  # never less
+    assert budget.conditioned(known, 1.0, 0.0) == known  # where ordinary draws have no error at all
+
+
+def test_an_element_may_be_off_by_the_bound_of_all_or_by_its_own_and_each_is_asked() -> None:
+    oracle = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=F64)  # rms 1
+    bound = Errors(0.5, 0.1, 0.01, 1.0, 4)
+    allowance = torch.tensor([0.4, 0.01, 0.01, 0.01], dtype=F64)
+
+    def worst(*off: float) -> tuple[float, float]:
+        result = oracle + torch.tensor(off, dtype=F64)
+        judged = budget.uneven(bound, result, oracle, allowance)
+        assert dataclasses.replace(judged, worst=0.1) == bound  # nothing else changes
+        return measure(result, oracle).worst, judged.worst
+
+    assert worst(0.3, 0.05, 0.0, 0.0) == pytest.approx((0.3, 0.4))
+    assert worst(0.0, -0.3, 0.0, 0.0) == pytest.approx((0.3, 0.1))  # the same error elsewhere
+    assert worst(0.3, 0.0, 0.2, 0.0) == pytest.approx((0.3, 0.15))  # twice beyond, though not the largest
+    assert worst(0.5, 0.0, 0.0, 0.0) == pytest.approx((0.5, 0.4))
+    assert worst(0.0, 0.0, 0.0, 0.0) == (0.0, 0.1)
+    assert worst(math.nan, 0.0, 0.0, 0.0) == (math.inf, 0.1)
 
 
 def test_the_largest_element_of_a_composition_may_be_rounded_up_twice() -> None:
