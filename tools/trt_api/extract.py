@@ -71,12 +71,16 @@ def downloaded(version: str, folder: Path) -> Path:
     return wheel
 
 
-def stand_ins(module: Path, folder: Path, version: str) -> Path:
-    """Libraries of the names that the module asks for, with the symbols that nothing else has."""
+def stand_ins(module: Path, folder: Path, version: str, does: str = "abort();") -> Path:
+    """Libraries of the names that the module asks for, with the symbols that nothing else has.
+
+    Args:
+        does: what calling one does. By default it ends the process: whatever were returned would be made up, and the
+            caller would not notice.
+    """
     folder.mkdir(parents=True)
     source = folder / "symbols.c"
-    # abort, not return: whatever were returned would be made up, and the caller would not notice.
-    bodies = "".join(f"void {name}(void) {{ abort(); }}\n" for name in lacking(module))
+    bodies = "".join(f"void *{name}(void) {{ {does} return 0; }}\n" for name in lacking(module))
     source.write_text(f"#include <stdlib.h>\n{bodies}")
     for library in LIBRARIES:
         name = f"{library}.so.{version.partition('.')[0]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,15 +13,10 @@ __all__ = ["Held", "exclusive", "shared"]
 
 
 class Held:
-    """A lock that is held until ``release``, or until the process ends."""
+    """A lock that is held as long as this object is there; at the latest until the process ends."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def release(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self.release = weakref.finalize(self, os.close, descriptor)
 
 
 def shared(path: Path) -> Held:

@@ -38,6 +38,8 @@ def failing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+            raise  # not of the place: what reads weights may fail within, too
         fix = "free some room there" if full else "check that the folder can be written"
         why = f"cannot keep an engine in {path}: {error.strerror or error}"
         raise StorageError(why, f"{fix}, or set XDG_CACHE_HOME to a place on another disk") from error
