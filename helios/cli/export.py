@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import helios
 from helios.cli import output
 from helios.cli.options import HeightOption, JsonOption, PyramidStageOption, VaePrecisionOption, WidthOption
 from helios.errors import InputError, unknown_name
@@ -183,7 +184,7 @@ def _about(asked: Entries, free: Sequence[str], decoding: str) -> About:
     vae = decoding if {"vae-decoder", "vae-encoder"} & set(asked.parts) else ""
     told = {**known, "random_weights": model.random_weights}
     given = GIVEN if "transformer" in asked.parts else {}
-    return About(told, asked.precision.name, sizes, given, asked.programs(), vae)
+    return About(told, asked.precision.name, sizes, given, asked.programs(), vae, helios.__version__)
 
 
 GIVEN = {

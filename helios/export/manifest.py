@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
-import helios
 from helios.errors import GraphError
 from helios.export.weights import Place
 from helios.graph import Graph, TensorType, dtype_name
@@ -46,6 +45,7 @@ class About:
             ``dynamic``, the names of those that may vary, with ``multiple`` and ``largest`` of each.
         given: inputs of slower rates that the caller supplies, in words.
         programs: the calls of the steps; see ``helios.pipeline.calls``. Inputs and outputs by their names in Helios.
+        version: of Helios.
     """
 
     model: Mapping[str, Any]
@@ -54,6 +54,7 @@ class About:
     given: Mapping[str, str] = dataclasses.field(default_factory=dict)
     programs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     vae_precision: str = ""
+    version: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def document(
     """
     made: dict[str, Any] = {
         "format": FORMAT,
-        "helios": helios.__version__,
+        **({"helios": about.version} if about.version else {}),
         "opset": OPSET,
         "opset_sha256": opset_hash(),
         "plan_sha256": plan.digest,
