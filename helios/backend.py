@@ -84,6 +84,8 @@ class Backend:
     and nothing emulated is ever certified."""
     precisions: tuple[str, ...] = ("fp32", "bf16")
     """Names of the precisions that this backend offers, its default first."""
+    withheld: Mapping[str, str] = {}
+    """Why it does not offer a precision that others do, by name, in the words of what refuses: a library, a device."""
     vae_precisions: Mapping[str, str] = {}
     """In which arithmetic (``fp32``, ``bf16``, ``fp16``) the VAE decodes by default, by the name of the run's
     precision; of those not named here as published, in float32. Encoding is in float32 always."""

@@ -21,6 +21,7 @@ and the VAE are the same as in a run of the working dtype.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -78,11 +79,18 @@ def precision(name: str) -> Precision:
     return PRECISIONS[name]
 
 
-def require_offered(name: str, backend: str, offered: Sequence[str]) -> None:
-    """Raises InputError where a backend does not compute in a precision; says in which it does."""
+def require_offered(
+    name: str, backend: str, offered: Sequence[str], withheld: Mapping[str, str] = types.MappingProxyType({})
+) -> None:
+    """Raises InputError where a backend does not compute in a precision; says in which it does.
+
+    Args:
+        withheld: why not, by name, as far as the backend knows (``Backend.withheld``).
+    """
     if name in offered:
         return
     if name in PRECISIONS:
         why = f"backend {backend!r} does not compute in {name}, but in {', '.join(offered)}"
+        why += f"; {withheld[name]}" if name in withheld else ""
         raise InputError(why, f"--precision {offered[0]}, or another backend: `helios backends` lists what each offers")
     raise InputError(unknown_name("precision", name, offered), f"--precision {offered[0]}")

@@ -32,9 +32,12 @@ def backends(json: JsonOption = False) -> None:
             output.line(f"\n{backend['name']}: {backend['why']}")
             if backend["fix"]:
                 output.fix(backend["fix"], "  ")
-        elif backend["options"]:
+            continue
+        if backend["options"]:
             options = (f"--backend-option {name}={'|'.join(values)}" for name, values in backend["options"].items())
             output.line(f"\n{backend['name']} takes {', '.join(options)}; the first value is the default")
+        for precision, why in backend["withheld"].items():
+            output.line(f"\n{backend['name']} has no {precision}: {why}")
     _say_choice(auto, variable)
 
 
@@ -47,6 +50,7 @@ def describe(candidate: Candidate) -> dict[str, Any]:
         "fix": candidate.fix,
         "devices": [{"index": d.index, "name": d.name, "memory": d.memory} for d in candidate.devices],
         "precisions": [],
+        "withheld": {},
         "fusions": [],
         "options": {},
         "kernels": 0,
@@ -55,6 +59,7 @@ def describe(candidate: Candidate) -> dict[str, Any]:
         try:
             backend = candidate.cls()
             data["precisions"], data["fusions"] = list(backend.precisions), list(backend.fusions)
+            data["withheld"] = dict(backend.withheld)
             data["kernels"] = len(backend.kernels)
             data["options"] = {name: list(values) for name, values in backend.options.items()}
         except Exception as error:

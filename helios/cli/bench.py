@@ -70,7 +70,7 @@ def bench(
     chosen = select(backend, backend_options(backend_option))
     name = precision or chosen.precisions[0]
     asked = setting(size, variant, height, width, name)
-    require_offered(name, chosen.label, chosen.precisions)
+    require_offered(name, chosen.label, chosen.precisions, chosen.withheld)
     stages = range(asked.stages) if pyramid_stage is None else [pyramid_stage]
     decoding = None if vae_precision is None else choose_vae_precision(vae_precision, name, chosen)
     report = measure(asked, stages, chosen, fallback, repeat, quiet=json)

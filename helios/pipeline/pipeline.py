@@ -407,7 +407,7 @@ def load(
         raise InputError("backend_options are given for a backend that is made already", "give its name instead")
     chosen = backend if isinstance(backend, Backend) else backends.select(backend, backend_options)
     name = precision or chosen.precisions[0]
-    require_offered(name, chosen.name, chosen.precisions)
+    require_offered(name, chosen.name, chosen.precisions, chosen.withheld)
     if path_or_repo is not None:
         model = folder_model(path_or_repo, variant)
     else:

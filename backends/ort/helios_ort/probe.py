@@ -12,13 +12,16 @@ import helios.ops  # noqa: F401  (registers the opset)
 from helios import op
 from helios.graph import Builder, Graph, Node, Rate
 from helios.precision import DTYPES
-from helios_ort.providers import Provider
+from helios_ort.providers import CPU, Provider
 from helios_ort.sessions import Refused, build
 
 __all__ = ["PRECISIONS", "supports", "withheld"]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 """Which a provider may offer, its default first. Quantised products have no form in ONNX."""
+
+_WIDENED = f"{CPU}: most float16 kernels are missing; ONNX Runtime puts casts to float32 and back around such nodes"
+# Seen in the optimised model (ONNX Runtime 1.31.1: InsertedPrecisionFreeCast around Gemm and Add); placement hides it.
 
 _answers: dict[tuple[Any, ...], str | None] = {}
 
@@ -56,6 +59,8 @@ def _refusal(node: Node, provider: Provider) -> str | None:
 def withheld(provider: Provider) -> Mapping[str, str]:
     """Why the provider does not compute in a precision, by name, of those in which it does not."""
     found = {name: _precision_refusal(provider, name) for name in PRECISIONS}
+    if provider.name == CPU and found["fp16"] is None:
+        found["fp16"] = _WIDENED
     return {name: reason for name, reason in found.items() if reason is not None}
 
 

@@ -14,6 +14,7 @@ from helios.errors import BackendError, UnsupportedNode
 from helios.graph import Graph, Node, Rate, TensorType, Value
 from helios.passes import Plan
 from helios.program import Coverage, Program, WeightReader
+from helios_ort.packed import Shared, grouped
 from helios_ort.pieces import Piece, in_pieces, run_bodies
 from helios_ort.providers import Provider
 from helios_ort.sessions import Session, build, kept, plain
@@ -27,7 +28,8 @@ class OrtProgram(Program):
     """The sessions of a plan.
 
     With weights ``shared`` they are inputs of every session: the one copy in torch's memory serves all. ``packed`` ones
-    are built into each session when they are loaded, and kept there alone, in whatever form its kernels prefer.
+    are built into sessions when they are loaded, and kept there alone, in whatever form the kernels prefer; graphs of
+    one structure, such as the pyramid stages of a network, share a session.
 
     Args:
         plan: its graphs.
@@ -42,15 +44,17 @@ class OrtProgram(Program):
 
     def __init__(self, plan: Plan, backend: Backend, provider: Provider, *, fallback: str, packed: bool) -> None:
         super().__init__(plan, backend, Coverage())
-        self.provider, self.packed = provider, packed
+        self.provider = provider
         self._fallback = fallback == "reference"
         self._pieces = {name: in_pieces(graph, self._runs) for name, graph in plan.graphs.items()}
         self._sessions: dict[str, Session] = {}
         for graph in plan.graphs.values():
             self._count(graph)
+        self._shared = self._built_in() if packed else []
+        self._gone = {graph.name: shared.built_in for shared in self._shared for graph in shared.graphs}
         for piece in self._native():
-            if not self._builds_in(piece):
-                self._keep(piece, kept(piece.graph, provider))
+            if piece.graph.name not in self._gone:
+                self._keep(piece.graph, kept(piece.graph, provider))
 
     def _native(self) -> Iterable[Piece]:
         return (piece for pieces in self._pieces.values() for piece in pieces if piece.native)
@@ -72,14 +76,14 @@ class OrtProgram(Program):
                 kind = "fused" if op.get(node.op).kind == "fused" else "native"
                 self.coverage.count(node.op, "fallback" if reason else kind, reason)
 
-    def _keep(self, piece: Piece, session: Session) -> None:
+    def _keep(self, graph: Graph, session: Session) -> None:
         """Take a session if all its nodes were placed where they belong, or may be elsewhere: then they are counted."""
-        self._sessions[piece.graph.name] = session
+        self._sessions[graph.name] = session
         moved: dict[str, Node] = {}
         for found in session.misplaced:
             reason = f"ONNX Runtime gives {found.kind} to {found.provider}, not to {self.provider.name}"
             if not self._fallback:
-                raise self._unsupported(found.node or f"graph {piece.graph.name}", reason)
+                raise self._unsupported(found.node or f"graph {graph.name}", reason)
             if found.node is not None and moved.setdefault(found.node.outputs[0].name, found.node) is found.node:
                 self._recount(found.node, reason)
 
@@ -91,18 +95,18 @@ class OrtProgram(Program):
 
     # Weights.
 
-    def _builds_in(self, piece: Piece) -> bool:
-        """Whether its weights are built into its session. Those of the weights phase are read once: not worth it."""
+    def _built_in(self) -> list[Shared]:
+        """The graphs whose weights are built into sessions: not of the weights phase, which reads them once."""
         first = {piece.graph.name for piece in self._pieces[Rate.WEIGHTS.label]}
-        return self.packed and piece.graph.name not in first and bool(piece.graph.inputs_at(Rate.WEIGHTS))
+        read = (piece.graph for piece in self._native() if piece.graph.inputs_at(Rate.WEIGHTS))
+        return grouped((graph for graph in read if graph.name not in first), self.provider)
 
     def load(self, weights: WeightReader) -> None:
         super().load(weights)
-        for piece in self._native():
-            if self._builds_in(piece):
-                names = [value.name for value in piece.graph.inputs_at(Rate.WEIGHTS)]
-                built_in = {name: self.weights[name] for name in names}
-                self._keep(piece, build(piece.graph, self.provider, built_in))
+        for shared in self._shared:
+            session = build(shared.whole, self.provider, {name: self.weights[name] for name in shared.built_in})
+            for graph in shared.graphs:
+                self._keep(graph, session)
         read = {name for graph in self.plan.graphs if graph != Rate.WEIGHTS.label for name in self.wanted(graph)}
         self.weights = {name: tensor for name, tensor in self.weights.items() if name in read}
 
@@ -112,8 +116,8 @@ class OrtProgram(Program):
         return [value.name for value in self.plan.graphs[graph].inputs if value.name in read]
 
     def _reads(self, piece: Piece) -> list[Value]:
-        built_in = self._builds_in(piece)
-        return [value for value in piece.graph.inputs if not (built_in and value.rate == Rate.WEIGHTS)]
+        gone = self._gone.get(piece.graph.name, frozenset())
+        return [value for value in piece.graph.inputs if value.name not in gone]
 
     # Running.
 

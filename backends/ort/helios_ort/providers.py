@@ -92,9 +92,8 @@ def find(short: str, index: int = 0) -> Provider:
     if wanted in {short_name(name) for name in module.get_all_providers()}:
         why = f"ONNX Runtime {module.__version__} as it is installed has no provider {wanted!r}; it has {_list(known)}"
         raise BackendUnavailable(why, _fix(wanted))
-    raise BackendUnavailable(
-        unknown_name("execution provider", short, known), "HELIOS_BACKEND=ort, or one of these behind it: ort:NAME"
-    )
+    why = unknown_name("execution provider", short, known)
+    raise BackendUnavailable(why, "HELIOS_BACKEND=ort, or ort:NAME with one of these")
 
 
 def _list(names: Mapping[str, str]) -> str:

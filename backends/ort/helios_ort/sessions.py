@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from helios.graph import Graph, Node
 from helios.ops import opset_hash
 from helios_ort.installed import runtime
 from helios_ort.providers import Provider
+
+if TYPE_CHECKING:
+    from helios.export.dynamic import Unified
 
 __all__ = ["KEPT", "Misplaced", "Refused", "Session", "build", "kept", "plain"]
 
@@ -80,12 +84,16 @@ def kept(graph: Graph, provider: Provider) -> Session:
 
 
 def build(
-    graph: Graph, provider: Provider, built_in: Mapping[str, Tensor] | None = None, *, optimise: bool = True
+    graph: Graph | Unified,
+    provider: Provider,
+    built_in: Mapping[str, Tensor] | None = None,
+    *,
+    optimise: bool = True,
 ) -> Session:
     """A new session.
 
     Args:
-        graph: with at least one node; each of its inputs is read.
+        graph: with at least one node, or several of one structure unified into one; each of its inputs is read.
         provider: to run every node.
         built_in: weights by name, on the host: ONNX Runtime copies them, into whatever form its kernels want.
         optimise: False where only the placement is asked for.
@@ -105,10 +113,11 @@ def build(
         )
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
         raise Refused(plain(str(error))) from error
-    return Session(session, inputs, outputs, _misplaced(session, graph, provider))
+    nodes = graph.nodes if isinstance(graph, Graph) else graph.graph.nodes
+    return Session(session, inputs, outputs, _misplaced(session, nodes, provider))
 
 
-def _model(graph: Graph, weights: Mapping[str, Tensor]) -> tuple[bytes, tuple[str, ...], tuple[str, ...]]:
+def _model(graph: Graph | Unified, weights: Mapping[str, Tensor]) -> tuple[bytes, tuple[str, ...], tuple[str, ...]]:
     """The serialised model, whose nodes are called by what they make; its names of inputs and outputs."""
     import onnx_ir as ir
 
@@ -140,7 +149,9 @@ def _value(tensor: Tensor) -> Any:
 
 def _options(provider: Provider, optimise: bool) -> Any:
     module = runtime()
+    _share_arena()
     options = module.SessionOptions()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = 4  # what it would print is raised as well
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -151,11 +162,19 @@ def _options(provider: Provider, optimise: bool) -> Any:
     return options
 
 
-def _misplaced(session: Any, graph: Graph, provider: Provider) -> tuple[Misplaced, ...]:
+@functools.cache
+def _share_arena() -> None:
+    """One pool of host memory for all sessions: each of its own would keep the most that it ever took."""
+    module = runtime()
+    kind = module.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    module.create_and_register_allocator(module.OrtMemoryInfo("Cpu", kind, 0, module.OrtMemType.DEFAULT), None)
+
+
+def _misplaced(session: Any, nodes: Sequence[Node], provider: Provider) -> tuple[Misplaced, ...]:
     placed = [
         (part.ep_name, node) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()
     ]
-    by_output = {value.name: node for node in graph.nodes for value in node.outputs}
+    by_output = {value.name: node for node in nodes for value in node.outputs}
     return tuple(
         Misplaced(_origin(node.name, by_output), node.op_type, name) for name, node in placed if name != provider.name
     )
