@@ -63,7 +63,11 @@ def test_an_unknown_command_is_a_mistake_and_no_traceback() -> None:
 @pytest.mark.parametrize("words", told(), ids=" ".join)
 def test_what_the_readme_tells_to_type_exists(words: list[str]) -> None:
     assert words[0] in COMMANDS
-    options = {option for parameter in COMMANDS[words[0]].params for option in parameter.opts}
+    command = COMMANDS[words[0]]
+    if hasattr(command, "commands"):
+        assert words[1] in command.commands
+        command = command.commands[words[1]]
+    options = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= options
 
 
