@@ -169,7 +169,7 @@ class IBuilderConfig:
 
 class ITimingCache:
     def _do_combine(self: Any, input_cache: Any, ignore_mismatch: bool) -> bool:
-        self._data += input_cache._data[len(MAGIC) :]
+        self._data = max(self._data, input_cache._data, key=len)  # what both know is known once
         return True
 
     def _do_serialize(self: Any) -> Any:
