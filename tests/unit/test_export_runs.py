@@ -199,3 +199,19 @@ def test_the_vae_by_the_manifest_alone(group: int, tmp_path: Path) -> None:
     for name, frames in (("encode_video", video), ("encode_image", picture)):
         came = stranger.program(name, {"video": frames.numpy()}, held, {})
         assert error(came, runner.moments(frames)) <= BOUND
+
+
+def test_both_forms_give_the_same(tmp_path: Path) -> None:
+    """Of everything, VAE included: ONNX Runtime inlines the functions, and what is left are the same nodes."""
+    asked = entries(tiny("distilled", True), width=64, parts=PARTS)
+    forms = [written(asked, tmp_path / form, Options(form)) for form in ("standard", "annotated")]  # type: ignore[arg-type]
+    assert [model["graph_sha256"] for model in forms[0].told["models"]] == [
+        model["graph_sha256"] for model in forms[1].told["models"]
+    ]
+    for name, model in forms[0].models.items():
+        random = np.random.default_rng(7)
+        given = {told["name"]: random.standard_normal(told["shape"]) for told in model["inputs"]}
+        held = dict.fromkeys(("weights", "prompt", "chunk"), given)
+        same, other = (form.run(name, held, given) for form in forms)
+        for which, came in same.items():
+            assert np.array_equal(came, other[which]), (name, which)
