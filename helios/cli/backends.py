@@ -81,10 +81,22 @@ def _memory(size: int | None) -> str:
     return "" if size is None else f", {output.gigabytes(size)}"
 
 
+def _refused(spec: str) -> str:
+    """Why what the variable names cannot be used; empty where it can. A table of names does not tell of providers."""
+    from helios.backend import select
+    from helios.errors import HeliosError
+
+    try:
+        select(spec)
+    except HeliosError as error:
+        return f", but cannot be used: {error.why}" + (f" (fix: {error.fix})" if error.fix else "")
+    return ""
+
+
 def _say_choice(auto: list[dict[str, str]], variable: str | None) -> None:
     output.line()
     if variable and variable != "auto":
-        output.line(f"HELIOS_BACKEND={variable} is set, and decides. Without it:")
+        output.line(f"HELIOS_BACKEND={variable} is set, and decides{_refused(variable)}. Without it:")
     if auto[-1]["reason"] != "chosen":
         output.line("auto finds none that can run here")
         return

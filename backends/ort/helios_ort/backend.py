@@ -20,6 +20,12 @@ from helios_ort.providers import Provider
 __all__ = ["OrtBackend"]
 
 
+_FIXES = {
+    "onnxruntime": "install the version that it was begun with, or begin another run",
+    "threads": "set OMP_NUM_THREADS to that number, or begin another run",
+}
+
+
 class OrtBackend(Backend):
     """Runs whole graphs by ONNX Runtime: ``ort`` on the CPU, ``ort:cuda`` … by any provider that is installed."""
 
@@ -72,11 +78,13 @@ class OrtBackend(Backend):
             torch.cuda.synchronize(self.device)
 
     def execution_plan(self) -> Mapping[str, Any]:
-        return {
+        plan: dict[str, Any] = {
             "onnxruntime": str(runtime().__version__),
             "provider": self.provider.name,
             "provider_options": self.provider.options,
         }
+        # The CPU's provider cuts products by its threads: with another number of them, last bits differ.
+        return plan | ({"threads": torch.get_num_threads()} if self.provider.name == providers.CPU else {})
 
     def use_execution_plan(self, plan: Mapping[str, Any]) -> None:
         here = self.execution_plan()
@@ -84,5 +92,5 @@ class OrtBackend(Backend):
             if here.get(name) != value:
                 raise BackendError(
                     f"the run was begun with {name} {value!r}, and here it would be {here.get(name)!r}",
-                    "install what it was begun with, or begin another run",
+                    _FIXES.get(name, "go on as it was begun, or begin another run"),
                 )

@@ -69,7 +69,7 @@ def _precision_refusal(provider: Provider, name: str) -> str | None:
     for node in _network(DTYPES[name]).nodes:
         reason = supports(node, provider)
         if reason is not None:
-            return f"{provider.name}: {reason}"
+            return reason if provider.name in reason else f"{provider.name}: {reason}"
     return None
 
 
