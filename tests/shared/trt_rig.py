@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,9 +31,9 @@ class HostMachine(Machine):
         return {"name": trt_acts.device(), "capability": "0.0", "driver": "0.0"}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Aligned as a GPU's memory is; torch gives 64 bytes on a host."""
+        """Aligned as a GPU's memory is; torch gives 64 bytes on a host. What an engine does not write is not a number."""
         size = math.prod(shape) * dtype.itemsize
-        raw = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        raw = torch.full((size + ALIGNMENT,), 0 if os.environ.get(trt_acts.ZEROS) else 0xFF, dtype=torch.uint8)
         start = -raw.data_ptr() % ALIGNMENT
         return raw[start : start + size].view(dtype).view(tuple(shape))
 
