@@ -31,7 +31,7 @@ class HostMachine(Machine):
         return {"name": trt_acts.device(), "capability": "0.0", "driver": "0.0"}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Aligned as a GPU's memory is; torch gives 64 bytes on a host. What an engine does not write is not a number."""
+        """Aligned as a GPU's memory is, where torch gives 64 bytes. What an engine does not write is not a number."""
         size = math.prod(shape) * dtype.itemsize
         raw = torch.full((size + ALIGNMENT,), 0 if os.environ.get(trt_acts.ZEROS) else 0xFF, dtype=torch.uint8)
         start = -raw.data_ptr() % ALIGNMENT
