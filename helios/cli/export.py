@@ -36,41 +36,54 @@ PARTS = ("transformer", "sampler", "vae-decoder", "vae-encoder")
 FREE = ("height", "width", "text")
 
 
+OutOption = Annotated[Path, typer.Option(metavar="DIR", help="A new folder.")]
+RandomSizeOption = Annotated[
+    str | None, typer.Option(metavar="tiny|mini|14b", help="Instead of a model: random weights.", show_default=False)
+]
+ModelOption = Annotated[
+    str | None, typer.Option(metavar="PATH|REPO", help="A model folder, or a hub repository.", show_default=False)
+]
+OwnVariantOption = Annotated[
+    str | None,
+    typer.Option(metavar="base|mid|distilled", help="Way to sample.", show_default="the model's, or distilled"),
+]
+BatchOption = Annotated[int, typer.Option(metavar="N", help="Videos that run together.")]
+TokensOption = Annotated[int, typer.Option(metavar="N", help="Length of the prompt's embedding.")]
+DynamicOption = Annotated[
+    str | None, typer.Option(metavar="height,width,text", help="Leave these sizes open.", show_default="exact sizes")
+]
+TransformerPrecisionOption = Annotated[
+    str, typer.Option(metavar="fp32|bf16|fp16", help="Of the transformer's arithmetic and weights.")
+]
+GroupOption = Annotated[int, typer.Option(metavar="N", help="Latents that the VAE takes at a time.")]
+FormOption = Annotated[
+    str, typer.Option(metavar="standard|annotated", help="Ops of ONNX alone, or a function for each Helios op.")
+]
+OpsetOption = Annotated[int, typer.Option(metavar="N", help="Of ONNX, 18 to 23.")]
+PartOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="|".join(PARTS), help="As often as needed.", show_default="transformer, sampler"),
+]
+
+
 @app.command(epilog=EXAMPLES)
 def onnx(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.")],
-    size: Annotated[
-        str | None, typer.Option(metavar="tiny|mini|14b", help="Random weights of this size.", show_default=False)
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="PATH|REPO", help="A model folder, or a hub repository.", show_default=False)
-    ] = None,
-    variant: Annotated[
-        str | None,
-        typer.Option(metavar="base|mid|distilled", help="Way to sample.", show_default="the model's, or distilled"),
-    ] = None,
+    out: OutOption,
+    size: RandomSizeOption = None,
+    model: ModelOption = None,
+    variant: OwnVariantOption = None,
     pyramid_stage: PyramidStageOption = None,
     height: HeightOption = 384,
     width: WidthOption = 640,
-    batch: Annotated[int, typer.Option(metavar="N", help="Videos that run together.")] = 1,
-    text_tokens: Annotated[int, typer.Option(metavar="N", help="Length of the prompt's embedding.")] = 512,
-    dynamic: Annotated[
-        str | None,
-        typer.Option(metavar="height,width,text", help="Leave these sizes open.", show_default="exact sizes"),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(metavar="fp32|bf16|fp16", help="Of the transformer's arithmetic and weights.")
-    ] = "bf16",
+    batch: BatchOption = 1,
+    text_tokens: TokensOption = 512,
+    dynamic: DynamicOption = None,
+    precision: TransformerPrecisionOption = "bf16",
     vae_precision: VaePrecisionOption = None,
-    vae_group: Annotated[int, typer.Option(metavar="N", help="Latents that the VAE takes at a time.")] = 3,
-    form: Annotated[
-        str, typer.Option(metavar="standard|annotated", help="Ops of ONNX alone, or a function for each Helios op.")
-    ] = "standard",
-    opset: Annotated[int, typer.Option(metavar="N", help="Of ONNX, 18 to 23.")] = 23,
-    part: Annotated[
-        list[str] | None,
-        typer.Option(metavar="|".join(PARTS), help="As often as needed.", show_default="transformer, sampler"),
-    ] = None,
+    vae_group: GroupOption = 3,
+    form: FormOption = "standard",
+    opset: OpsetOption = 23,
+    part: PartOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write ONNX models, the weights that they share, and a manifest that says how to run them.

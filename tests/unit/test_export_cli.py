@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+import helios.cli.export
 from helios.cli import main
+from helios.pipeline.entries import PARTS
 from helios.pipeline.model import sized_model
 
 SMALL = ("--height", "64", "--width", "64", "--text-tokens", "8")
@@ -148,3 +150,8 @@ def test_an_existing_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "out").mkdir()
     assert onnx(tmp_path / "out") == 2
     assert "choose another --out, or remove it first" in capsys.readouterr().err
+
+
+def test_the_help_names_the_parts_that_there_are() -> None:
+    """They are written twice: help has to be quick, and where they are made torch is loaded."""
+    assert helios.cli.export.PARTS == PARTS
