@@ -35,7 +35,8 @@ NO_CUDA = (
     "/x/onnxruntime/capi/libonnxruntime_providers_cuda.so with error: libcublasLt.so.13: cannot open shared object "
     "file: No such file or directory\n\x1b[m\n"
     "\x1b[0;93m2026-11-23 23:56:08.153265800 [W:onnxruntime:Default, onnxruntime_pybind_state.cc:1295 "
-    "CreateExecutionProviderFactoryInstance] Failed to create CUDAExecutionProvider. Require cuDNN 9.* and CUDA 13.*.\x1b[m\n"
+    "CreateExecutionProviderFactoryInstance] Failed to create CUDAExecutionProvider. Require cuDNN 9.* and CUDA 13.*."
+    "\x1b[m\n"
 )
 
 
@@ -95,7 +96,7 @@ def test_a_node_that_would_run_elsewhere_is_an_error_unless_the_fallback_is_allo
     assert "--fallback reference" in caught.value.fix
 
     program = lower({"main": gated()}, elsewhere, fallback="reference")
-    program.load(SimpleNamespace())  # type: ignore[arg-type]  # it has no weights
+    program.load(SimpleNamespace())  # it has no weights
     x = torch.randn(2, 5)
     assert torch.equal(program.run("main", {"x": x})["y"], torch.nn.functional.silu(x) + x)
     assert program.coverage.fallbacks == 2
@@ -165,7 +166,7 @@ def test_the_installed_distribution_is_found() -> None:
 
 
 @pytest.mark.parametrize(("absent", "why"), [("onnxruntime", "ONNX Runtime is not installed"),
-                                             ("onnx_ir", "onnx_ir is not installed, which writes the models")])  # fmt: skip
+                                             ("onnx_ir", "onnx_ir is not installed, which writes")])  # fmt: skip
 def test_what_is_missing_is_named(absent: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     installed.runtime.cache_clear()
