@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from helios.program import Coverage, Program, WeightReader
 from helios_ort.packed import Shared, grouped
 from helios_ort.pieces import Piece, in_pieces, run_bodies
 from helios_ort.providers import Provider
-from helios_ort.sessions import Session, build, kept, plain
+from helios_ort.sessions import Refused, Session, build, kept, plain
 
 __all__ = ["OrtProgram"]
 
 FIX = "`--fallback reference` (or HELIOS_FALLBACK=reference) runs such nodes by torch's ops, and counts them"
+
+FIX_GRAPH = "choose another backend, see `helios backends`, or another version of ONNX Runtime"
 
 
 class OrtProgram(Program):
@@ -54,7 +57,9 @@ class OrtProgram(Program):
         self._gone = {graph.name: shared.built_in for shared in self._shared for graph in shared.graphs}
         for piece in self._native():
             if piece.graph.name not in self._gone:
-                self._keep(piece.graph, kept(piece.graph, provider))
+                with _told(piece.graph.name):
+                    session = kept(piece.graph, provider)
+                self._keep(piece.graph, session)
 
     def _native(self) -> Iterable[Piece]:
         return (piece for pieces in self._pieces.values() for piece in pieces if piece.native)
@@ -78,13 +83,15 @@ class OrtProgram(Program):
 
     def _keep(self, graph: Graph, session: Session) -> None:
         """Take a session if all its nodes were placed where they belong, or may be elsewhere: then they are counted."""
+        again = graph.name in self._sessions
         self._sessions[graph.name] = session
-        moved: dict[str, Node] = {}
+        counted: set[str] = set()
         for found in session.misplaced:
             reason = f"ONNX Runtime gives {found.kind} to {found.provider}, not to {self.provider.name}"
             if not self._fallback:
                 raise self._unsupported(found.node or f"graph {graph.name}", reason)
-            if found.node is not None and moved.setdefault(found.node.outputs[0].name, found.node) is found.node:
+            if found.node is not None and not again and found.node.outputs[0].name not in counted:
+                counted.add(found.node.outputs[0].name)
                 self._recount(found.node, reason)
 
     def _recount(self, node: Node, reason: str) -> None:
@@ -104,7 +111,8 @@ class OrtProgram(Program):
     def load(self, weights: WeightReader) -> None:
         super().load(weights)
         for shared in self._shared:
-            session = build(shared.whole, self.provider, {name: self.weights[name] for name in shared.built_in})
+            with _told(shared.graphs[0].name):
+                session = build(shared.whole, self.provider, {name: self.weights[name] for name in shared.built_in})
             for graph in shared.graphs:
                 self._keep(graph, session)
         read = {name for graph in self.plan.graphs if graph != Rate.WEIGHTS.label for name in self.wanted(graph)}
@@ -134,6 +142,16 @@ class OrtProgram(Program):
         types = [value.type for _, value in piece.graph.outputs]
         made = run(self._sessions[piece.graph.name], given, types, self.backend.device)
         return {name: tensor for (name, _), tensor in zip(piece.graph.outputs, made, strict=True)}
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What ONNX Runtime says of a whole graph whose nodes it takes one by one."""
+    try:
+        yield
+    except Refused as error:
+        why = f"ONNX Runtime takes each node of graph {name!r}, but not all of them together: {error.why}"
+        raise BackendError(why, FIX_GRAPH) from error
 
 
 def run(

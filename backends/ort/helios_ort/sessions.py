@@ -144,7 +144,7 @@ def _absent(name: str, tensor: Tensor) -> Any:
 
 def _value(tensor: Tensor) -> Any:
     """A host tensor as ONNX Runtime takes it; it reads torch's memory."""
-    return runtime().OrtValue.from_dlpack(tensor.detach().contiguous())
+    return runtime().OrtValue.from_dlpack(tensor.detach().cpu().contiguous())
 
 
 def _options(provider: Provider, optimise: bool) -> Any:

@@ -357,3 +357,26 @@ def test_the_plan_of_a_run_is_followed_or_refused() -> None:
         backend.use_execution_plan({**plan, "onnxruntime": "1.20.0"})
     with pytest.raises(BackendError, match="OMP_NUM_THREADS"):
         backend.use_execution_plan({**plan, "threads": 99})
+
+
+def test_a_graph_that_is_refused_though_its_nodes_are_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Session:
+        raise Refused("FAIL: the whole is too much")
+
+    monkeypatch.setattr("helios_ort.program.kept", refuse)
+    with pytest.raises(
+        BackendError, match=r"graph 'main\.0', but not all of them together: FAIL: the whole is"
+    ):
+        lower({"main": one_node("silu", (2, 3))}, OrtBackend())
+
+
+def test_a_node_of_several_that_moved_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sessions.kept
+
+    def kept(graph: Graph, provider: Any) -> Session:
+        found = tuple(Misplaced(graph.nodes[0], kind, "OtherExecutionProvider") for kind in ("Sigmoid", "Mul"))
+        return dataclasses.replace(real(graph, provider), misplaced=found)
+
+    monkeypatch.setattr("helios_ort.program.kept", kept)
+    program = lower({"main": one_node("silu", (2, 3))}, OrtBackend(), fallback="reference")
+    assert program.coverage.fallbacks == 1
