@@ -42,6 +42,10 @@ def test_data_files_of_the_suite_are_there(names: set[str]) -> None:
     assert {name for name in wanted if name} <= names
 
 
+def test_the_schema_of_a_manifest_is_there(names: set[str]) -> None:
+    assert "helios/export/manifest.schema.json" in names
+
+
 def test_it_is_typed_and_licensed(names: set[str]) -> None:
     assert "helios/py.typed" in names
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
@@ -54,6 +58,8 @@ def test_nothing_else_is_there(names: set[str]) -> None:
         "helios_hal",
         "helios_cpu",
         "helios_cuda",
+        "helios_ort",
+        "helios_trt",
         "helios_conformance",
     }
 
