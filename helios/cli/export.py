@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -218,12 +219,17 @@ def _allowed(asked: Entries, name: str) -> dict[str, int]:
     return {"multiple": _unit(asked), "largest": LARGEST * pixels}
 
 
+QUIET_SECONDS = 10.0
+"""Between two plain lines about bytes."""
+
+
 class _Progress:
-    """Bytes of weights, told where somebody watches."""
+    """Bytes of weights: a bar where there is a terminal, else a line now and then."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
+        self._told = time.perf_counter()
 
     def __enter__(self) -> _Progress:
         if sys.stderr.isatty():
@@ -243,6 +249,9 @@ class _Progress:
     def __call__(self, written: int, total: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=written, total=total)
+        elif time.perf_counter() - self._told >= QUIET_SECONDS:
+            self._told = time.perf_counter()
+            typer.echo(f"weights: {output.gigabytes(written)} of {output.gigabytes(total)}", err=True)
 
 
 def _tell(made: Exported, *, as_json: bool, verified: bool = False) -> None:

@@ -104,6 +104,7 @@ def export(
     models = _models(plans, places, about, chosen)
     total = files.total_bytes(places)
     known = total + sum(len(written.data) for written in models.values())
+    _remove_left(target)  # before room is counted: it may be as large as what comes
     need_space(target, known + _MANIFEST_ROOM, purpose=f"the export {target.name}")
     with _appearing(target) as part:
         digests = files.write(part / DATA, places, weights, lambda written: progress(written, total))
@@ -225,7 +226,6 @@ def _appearing(target: Path) -> Iterator[Path]:
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left(target)
         part.mkdir()
         try:
             with _locked(part):
@@ -242,7 +242,7 @@ def _appearing(target: Path) -> Iterator[Path]:
 def _remove_left(target: Path) -> None:
     """Remove what killed exports left."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.part-*"):
-        with _locked(left):
+        with writing(left), _locked(left):
             shutil.rmtree(left)
 
 

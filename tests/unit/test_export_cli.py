@@ -155,3 +155,14 @@ def test_an_existing_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_help_names_the_parts_that_there_are() -> None:
     """They are written twice: help has to be quick, and where they are made torch is loaded."""
     assert helios.cli.export.PARTS == PARTS
+
+
+def test_a_long_export_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(helios.cli.export, "QUIET_SECONDS", 0.0)
+    assert onnx(tmp_path / "out", "--pyramid-stage", 0) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("weights: ")]
+    assert len(lines) == len(told(tmp_path / "out")["weights"])
+    written, total = lines[-1].removeprefix("weights: ").split(" of ")
+    assert written == total

@@ -284,6 +284,15 @@ def test_too_little_room_is_told_before_a_weight_is_read(tmp_path: Path, monkeyp
     nothing_at(tmp_path)
 
 
+def test_what_a_killed_export_left_does_not_count_as_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / ".out.part-1"
+    left.mkdir()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0) if left.exists() else usage)
+    load(export(tmp_path / "out", [SMALL], BothWeights(MODEL), ABOUT).path)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_without_onnx_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(HeliosError, match="which is not installed") as raised:
