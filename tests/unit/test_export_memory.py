@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,7 @@ def test_a_model_of_more_than_2_gb_is_exported_and_runs(tmp_path: Path, capsys: 
     del program, context
     np.savez(tmp_path / "given.npz", **{name: tensor.numpy() for name, tensor in given.items()})
     peak, running = run(RUN, tmp_path / "out", tmp_path / "given.npz", tmp_path / "came.npy")
+    shutil.rmtree(tmp_path / "out")  # pytest keeps what tests leave
     came = torch.from_numpy(np.load(tmp_path / "came.npy")).double()
     assert float((came - wanted).norm() / wanted.double().norm()) <= 1e-5
     with capsys.disabled():
