@@ -10,7 +10,7 @@ Parent to worker::
 
 Worker to parent::
 
-    {"ready": {what the backend says of itself}}   or   {"refused": {"why", "fix"}}
+    {"ready": {what the backend says of itself}, "withheld": {precision: why not}}   or   {"refused": {"why", "fix"}}
     {"told": {…}}                                  any number of times while a case runs
     {"done": {observation}}
 """

@@ -270,8 +270,10 @@ class Runner:
 
     def _meet(self, crew: Crew, about: dict[str, Any]) -> str:
         """Start the first worker and settle what depends on its backend; why nothing can run, or ""."""
+        withheld: Mapping[str, str] = {}
         try:
-            backend, problem = crew.ready().backend, ""
+            worker, problem = crew.ready(), ""
+            backend, withheld = worker.backend, worker.withheld
         except Refused as refused:
             backend, problem = _nobody(self.setup.spec), f"backend {self.setup.spec!r} cannot run here: {refused.why}"
         except Ended as ended:
@@ -281,19 +283,20 @@ class Runner:
         if before and before["device"] and backend["device"]:
             _same_or_refuse(before, backend, about["environment"], machine)
         about |= {"backend": backend, "environment": machine, "resumed": about.get("resumed", -1) + 1}
-        problem = problem or self._settle(backend["precisions"])
+        problem = problem or self._settle(backend["precisions"], withheld)
         self.setup = dataclasses.replace(self.setup, precision=self.setup.precision or PRECISIONS[0])
         about["setup"] = self.setup.told()
         return problem
 
-    def _settle(self, offered: Sequence[str]) -> str:
+    def _settle(self, offered: Sequence[str], withheld: Mapping[str, str]) -> str:
         """Take the backend's first precision where none was asked for."""
         possible = [name for name in offered if name in PRECISIONS]
         names = ", ".join(offered) or "none"
         if not possible:
             return f"the backend offers no precision that can be certified ({' or '.join(PRECISIONS)}), but {names}"
         if self.setup.precision and self.setup.precision not in possible:
-            return f"the backend does not offer {self.setup.precision}, but {names}"
+            why = withheld.get(self.setup.precision, "")
+            return f"the backend does not offer {self.setup.precision}, but {names}" + (f"; {why}" if why else "")
         self.setup = dataclasses.replace(self.setup, precision=self.setup.precision or possible[0])
         return ""
 

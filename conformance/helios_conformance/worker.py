@@ -81,7 +81,7 @@ def _start(channel: Channel, start: Mapping[str, Any]) -> Any:
     except Exception as error:
         channel.send({"refused": refusal(error)})
         return None
-    channel.send({"ready": told})
+    channel.send({"ready": told, "withheld": dict(backend.withheld)})
     return session
 
 

@@ -74,6 +74,7 @@ class Worker:
                 told = message["refused"]
                 raise Refused(str(told["why"]), str(told["fix"]))
             self.backend: dict[str, Any] = message["ready"]
+            self.withheld: dict[str, str] = message.get("withheld", {})
         except KeyError as error:
             self.stop()
             raise Lost(f"the worker did not start: it said {message!r}"[:500]) from error

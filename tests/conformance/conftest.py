@@ -57,6 +57,7 @@ class Emulated(Right):
 
 class OnlyHalf(Right):
     name = "onlyhalf"
+    withheld = {"fp32": "its adder is narrow"}  # noqa: RUF012
     precisions = ("bf16",)
 
 

@@ -157,6 +157,7 @@ class Here:
         try:
             self.session = Session(selected(start["backend"]), Root(start["seed"], start["nonce"]))
             self.backend = describe(self.session.backend, start["backend"], self.session)
+            self.withheld = dict(self.session.backend.withheld)
         except HeliosError as error:
             raise Refused(error.why, error.fix) from error
 
@@ -181,7 +182,7 @@ def here(monkeypatch: pytest.MonkeyPatch, meet_strangers: Meet) -> None:
     [
         ("noprobe", "OSError: libcard.so: undefined symbol"),
         ("broken", "libbroken.so: no such file"),
-        ("onlyhalf", "does not offer fp32, but bf16"),
+        ("onlyhalf", "does not offer fp32, but bf16; its adder is narrow"),
         ("right:5", "has no device 5"),
     ],
 )
