@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from helios.backend import Backend, DeviceInfo
-from helios.errors import BackendError
+from helios.errors import BackendError, InputError
 from helios.graph import Node
 from helios.passes import Plan
 from helios.program import Program
@@ -28,7 +28,7 @@ class TrtBackend(Backend):
     """Runs whole graphs as TensorRT engines on one NVIDIA GPU; tensors lie in torch's memory there.
 
     Args:
-        provider: none.
+        provider: ``inputs`` or ``profiles``, short for the option ``weights`` where a name is all that is asked for.
         index: of the GPU.
         options: ``weights``: ``profiles`` builds them into one engine for all pyramid stages, ``inputs`` hands them to
             an engine for each stage. ``graphs``: whether steps are captured as CUDA graphs and replayed. ``effort``:
@@ -49,7 +49,12 @@ class TrtBackend(Backend):
     }
 
     def __init__(self, provider: str = "", index: int = 0, **options: str) -> None:
-        super().__init__(provider, index, **options)
+        if provider:
+            if provider not in self.options["weights"]:
+                raise InputError(f"backend 'trt' has no provider {provider!r}", fix="trt, trt:1 or trt:inputs")
+            if options.setdefault("weights", provider) != provider:
+                raise InputError(f"trt:{provider} and weights={options['weights']} contradict", "leave one of them out")
+        super().__init__("", index, **options)
         self.eager = "" if self.chosen["graphs"] == "on" else "asked for"
         self.machine = self._machine()
 
@@ -124,6 +129,13 @@ class TrtBackend(Backend):
         with self.explained("its work"):
             second.synchronize()
             return float(first.elapsed_time(second)) / 1e3
+
+    @property
+    def label(self) -> str:
+        way = self.chosen["weights"]
+        return (
+            self.name + (f":{way}" if way != self.options["weights"][0] else "") + (f":{self.index}" * bool(self.index))
+        )
 
     def explained(self, doing: str) -> AbstractContextManager[None]:
         return failures.explained(doing, self.label, self.memory)

@@ -65,7 +65,7 @@ class Written:
         places = arrange({v.name: v.type for v in _baked(self.unit).values()})
         if places:
             assert weights is not None
-            write_weights(folder / WEIGHTS, places, weights)
+            write_weights(folder / WEIGHTS, places, _OnHost(weights))
         path = folder / "model.onnx"
         with path.open("xb") as file:
             file.write(self.data)
@@ -102,12 +102,22 @@ def digest_of(unit: Unit, weights: WeightReader) -> str:
     """
     sha = hashlib.sha256()
     for name, value in sorted(_baked(unit).items()):
-        tensor = weights.read(name)
+        tensor = _OnHost(weights).read(name)
         if tuple(tensor.shape) != value.shape:
             raise InputError(f"weight {name!r} has shape {list(tensor.shape)}, the graph takes {list(value.shape)}")
         sha.update(name.encode())
         sha.update(_bytes(tensor.to(value.dtype)))
     return sha.hexdigest()
+
+
+class _OnHost:
+    """A reader whose tensors may come from a device, for those who want their bytes."""
+
+    def __init__(self, weights: WeightReader) -> None:
+        self._weights = weights
+
+    def read(self, name: str) -> Tensor:
+        return self._weights.read(name).cpu()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

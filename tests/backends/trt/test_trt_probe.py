@@ -155,8 +155,20 @@ def test_options_are_checked() -> None:
         TrtBackend(weights="twice")
     with pytest.raises(InputError, match="no option 'memory'"):
         TrtBackend(memory="low")
-    with pytest.raises(InputError, match="no providers"):
+    with pytest.raises(InputError, match="no provider 'cuda'"):
         TrtBackend("cuda")
+    with pytest.raises(InputError, match="contradict"):
+        TrtBackend("inputs", weights="profiles")
+
+
+def test_way_of_holding_weights_by_name() -> None:
+    assert [TrtBackend(*given).label for given in ((), ("inputs",), ("profiles", 1), ("inputs", 1))] == [
+        "trt",
+        "trt:inputs",
+        "trt:1",
+        "trt:inputs:1",
+    ]
+    assert TrtBackend("inputs").chosen["weights"] == TrtBackend(weights="inputs").chosen["weights"] == "inputs"
 
 
 def test_driver_version_is_that_of_cuda() -> None:
