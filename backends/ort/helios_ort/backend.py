@@ -39,12 +39,13 @@ class OrtBackend(Backend):
     @functools.cached_property
     def provider(self) -> Provider:
         """The execution provider. Raises BackendUnavailable where ONNX Runtime, or the provider, is not installed."""
-        return providers.find(self._asked, self.index)
+        return probe.written_for(providers.find(self._asked, self.index))
 
     def devices(self) -> Sequence[DeviceInfo]:
         providers.require_usable(self.provider)
-        if not self.precisions:
-            why = f"the provider {self.provider.short!r} computes in no precision; of fp32: {self.withheld['fp32']}"
+        reason = probe.idle(self.provider)
+        if reason is not None:
+            why = f"the provider {self.provider.short!r} runs none of the ops that Helios needs: {reason}"
             raise BackendUnavailable(why, "HELIOS_BACKEND=ort, which is the provider for the CPU")
         return providers.devices(self.provider)
 
@@ -82,6 +83,7 @@ class OrtBackend(Backend):
             "onnxruntime": str(runtime().__version__),
             "provider": self.provider.name,
             "provider_options": self.provider.options,
+            "onnx_opset": self.provider.opset,
         }
         # The CPU's provider cuts products by its threads: with another number of them, last bits differ.
         return plan | ({"threads": torch.get_num_threads()} if self.provider.name == providers.CPU else {})

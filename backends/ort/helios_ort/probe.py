@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +16,13 @@ from helios.precision import DTYPES
 from helios_ort.providers import CPU, Provider
 from helios_ort.sessions import Refused, build
 
-__all__ = ["PRECISIONS", "supports", "withheld"]
+__all__ = ["PRECISIONS", "idle", "supports", "withheld", "written_for"]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 """Which a provider may offer, its default first. Quantised products have no form in ONNX."""
+
+OPSETS = (23, 20, 18)
+"""Those that change how Helios' ops are written: 23 brought attention and RMSNorm, 20 GELU."""
 
 _WIDENED = f"{CPU}: most float16 kernels are missing; ONNX Runtime puts casts to float32 and back around such nodes"
 # Seen in the optimised model (ONNX Runtime 1.31.1: InsertedPrecisionFreeCast around Gemm and Add); placement hides it.
@@ -56,21 +60,38 @@ def _refusal(node: Node, provider: Provider) -> str | None:
     return None
 
 
+@functools.cache
+def written_for(provider: Provider) -> Provider:
+    """The provider with the opset of ONNX in which it runs most; the newest of several.
+
+    Newer opsets have attention and RMSNorm as single ops, which not every provider knows.
+    """
+    written = [dataclasses.replace(provider, opset=opset) for opset in OPSETS]
+    return min(written, key=lambda candidate: len(_refusals(candidate, "fp32")))
+
+
+def idle(provider: Provider) -> str | None:
+    """Why it runs nothing at all: one of its refusals, where all kinds of arithmetic are refused; else ``None``."""
+    refusals = _refusals(provider, "fp32")
+    return refusals[0] if len(refusals) == len(_network(torch.float32).nodes) else None
+
+
 def withheld(provider: Provider) -> Mapping[str, str]:
-    """Why the provider does not compute in a precision, by name, of those in which it does not."""
-    found = {name: _precision_refusal(provider, name) for name in PRECISIONS}
-    if provider.name == CPU and found["fp16"] is None:
-        found["fp16"] = _WIDENED
-    return {name: reason for name, reason in found.items() if reason is not None}
+    """Why the provider does not compute in a precision, by name, of those in which it does not.
+
+    fp32 is always offered: a node that does not run in it is told by name, when a graph has one.
+    """
+    found = {name: _refusals(provider, name) for name in PRECISIONS[1:]}
+    if provider.name == CPU and not found["fp16"]:
+        found["fp16"] = (_WIDENED,)
+    return {name: reasons[0] for name, reasons in found.items() if reasons}
 
 
 @functools.cache
-def _precision_refusal(provider: Provider, name: str) -> str | None:
-    for node in _network(DTYPES[name]).nodes:
-        reason = supports(node, provider)
-        if reason is not None:
-            return reason if provider.name in reason else f"{provider.name}: {reason}"
-    return None
+def _refusals(provider: Provider, name: str) -> tuple[str, ...]:
+    """The reasons of the nodes of a tiny network that the provider does not run in a precision."""
+    answers = (supports(node, provider) for node in _network(DTYPES[name]).nodes)
+    return tuple(told if provider.name in told else f"{provider.name}: {told}" for told in answers if told is not None)
 
 
 def _network(dtype: torch.dtype) -> Graph:

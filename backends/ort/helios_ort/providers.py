@@ -43,10 +43,12 @@ class Provider:
     Attributes:
         name: as ONNX Runtime calls it, such as ``CUDAExecutionProvider``.
         index: of its device.
+        opset: of ONNX, in which models are written for it.
     """
 
     name: str
     index: int = 0
+    opset: int = 23
 
     @property
     def short(self) -> str:

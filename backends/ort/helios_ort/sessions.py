@@ -27,6 +27,10 @@ KEPT = 64
 """How many sessions the process keeps. Their weights are inputs, so that one is little more than its list of nodes."""
 
 
+LONG = 360
+"""Characters of a reason that are shown; some providers tell the places in their source first."""
+
+
 class Refused(BackendError):
     """ONNX Runtime builds no session for a graph; ``why`` is its own reason."""
 
@@ -102,7 +106,7 @@ def build(
         Refused: ONNX Runtime does not take the graph.
     """
     weights = dict(built_in or {})
-    model, inputs, outputs = _model(graph, weights)
+    model, inputs, outputs = _model(graph, weights, provider.opset)
     options = _options(provider, optimise)
     values = {name: _value(tensor) for name, tensor in weights.items()}
     if values:
@@ -117,13 +121,18 @@ def build(
     return Session(session, inputs, outputs, _misplaced(session, nodes, provider))
 
 
-def _model(graph: Graph | Unified, weights: Mapping[str, Tensor]) -> tuple[bytes, tuple[str, ...], tuple[str, ...]]:
+def _model(
+    graph: Graph | Unified, weights: Mapping[str, Tensor], opset: int
+) -> tuple[bytes, tuple[str, ...], tuple[str, ...]]:
     """The serialised model, whose nodes are called by what they make; its names of inputs and outputs."""
     import onnx_ir as ir
 
+    from helios.export.emitter import Options
     from helios.export.model import to_model
 
-    model = to_model(graph, initializers={name: _absent(name, tensor) for name, tensor in weights.items()})
+    model = to_model(
+        graph, Options(opset=opset), initializers={name: _absent(name, tensor) for name, tensor in weights.items()}
+    )
     for node in model.graph:
         node.name = node.outputs[0].name
     inputs = tuple(str(value.name) for value in model.graph.inputs)
@@ -187,13 +196,14 @@ def _origin(name: str, by_output: Mapping[str, Node]) -> Node | None:
 
 
 def plain(message: str) -> str:
-    """Without the code in front, and in one line.
+    """Without the code in front, in one line, and of a long one beginning and end.
 
     >>> plain("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an implementation for Sigmoid(13)")
     'NOT_IMPLEMENTED: Could not find an implementation for Sigmoid(13)'
     """
     head, mark, rest = " ".join(message.split()).partition("[ONNXRuntimeError] : ")
-    if not mark:
-        return head
-    _, kind, text = rest.split(" : ", 2)
-    return f"{kind}: {text}"
+    told = head
+    if mark:
+        _, kind, text = rest.split(" : ", 2)
+        told = f"{kind}: {text}"
+    return told if len(told) <= LONG else f"{told[: LONG // 3]} … {told[-2 * LONG // 3 :]}"

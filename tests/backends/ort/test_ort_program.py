@@ -364,9 +364,7 @@ def test_a_graph_that_is_refused_though_its_nodes_are_not_is_named(monkeypatch: 
         raise Refused("FAIL: the whole is too much")
 
     monkeypatch.setattr("helios_ort.program.kept", refuse)
-    with pytest.raises(
-        BackendError, match=r"graph 'main\.0', but not all of them together: FAIL: the whole is"
-    ):
+    with pytest.raises(BackendError, match=r"graph 'main\.0', but not all of them together: FAIL: the whole is"):
         lower({"main": one_node("silu", (2, 3))}, OrtBackend())
 
 

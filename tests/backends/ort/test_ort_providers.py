@@ -22,7 +22,7 @@ from helios.errors import BackendUnavailable, InputError, UnsupportedNode
 from helios.graph import Builder, Graph, Rate
 from helios.lower import lower
 from helios.op import get
-from helios_ort import OrtBackend, installed, providers
+from helios_ort import OrtBackend, installed, probe, providers, sessions
 from helios_ort.providers import Provider
 
 # What onnxruntime-gpu 1.31.1 prints where there is no CUDA (seen here; colours and times as they come).
@@ -81,7 +81,7 @@ def test_a_provider_of_another_build_is_named_with_the_build_to_install() -> Non
 def test_a_provider_that_runs_nothing_is_refused_though_onnx_runtime_lists_it() -> None:
     """ONNX Runtime would give every node to the CPU and say nothing."""
     assert "AzureExecutionProvider" in onnxruntime.get_available_providers()
-    with pytest.raises(BackendUnavailable, match=r"'azure' computes in no precision.*gives it to CPUExecutionProvider"):
+    with pytest.raises(BackendUnavailable, match=r"'azure' runs none of the ops .*gives it to CPUExecutionProvider"):
         select("ort:azure")
 
 
@@ -192,6 +192,50 @@ def test_without_onnx_runtime_the_package_imports_and_others_are_not_harmed() ->
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.splitlines() == ["ONNX Runtime is not installed", "True"]
+
+
+# --- what a provider takes ---
+
+
+def test_models_are_written_in_the_opset_of_which_a_provider_runs_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As OpenVINO's provider of 1.24.1 answered: no RMSNormalization and no Attention of opset 23."""
+    asked: list[int] = []
+
+    def supports(node: Any, provider: Provider) -> str | None:
+        asked.append(provider.opset)
+        return "unknown" if provider.opset == 23 and node.op in ("rms_norm", "attention") else None
+
+    probe._refusals.cache_clear()
+    probe.written_for.cache_clear()
+    monkeypatch.setattr(probe, "supports", supports)
+    try:
+        assert probe.written_for(Provider("OtherExecutionProvider")).opset == 20
+        assert set(asked) == {23, 20, 18}
+        assert probe.written_for(Provider("CPUExecutionProvider")).opset == 20
+    finally:
+        probe._refusals.cache_clear()
+        probe.written_for.cache_clear()
+    monkeypatch.undo()
+    assert OrtBackend().provider.opset == 23
+
+
+def test_the_opset_reaches_the_model() -> None:
+    x = one_norm()
+    kinds = [sessions._model(x, {}, opset)[0].count(b"RMSNormalization") for opset in (23, 20)]
+    assert kinds == [1, 0]
+
+
+def one_norm() -> Graph:
+    with Builder("norm") as build:
+        build.output("y", get("rms_norm")(build.input("x", (1, 2, 8), torch.float32, Rate.STEP)))
+    return build.graph()
+
+
+def test_a_long_reason_is_cut_in_the_middle() -> None:
+    told = sessions.plain("[ONNXRuntimeError] : 1 : FAIL : " + "a" * 900 + " the cause")
+    assert told.startswith("FAIL: aaa")
+    assert told.endswith("a the cause")
+    assert len(told) < 400
 
 
 # --- precisions ---
