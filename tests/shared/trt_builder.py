@@ -40,7 +40,7 @@ def build() -> int:
         recording.output("y", linear(x, w))
     (unit,) = units_of(build_plan({"product": recording.graph()}), ["w"], "profiles")
     with recorded(11) as strict:
-        Engines(HostMachine(), Store(), Settings()).open(unit, Weights())
+        Engines(HostMachine(), Store(), Settings()).ready(unit, Weights())
         return sum(call == "Builder.build_serialized_network" for call, _ in strict.calls)
 
 

@@ -87,13 +87,23 @@ class Engines:
         }
         return Wanted(model, environment, Store.entry_name(unit.name, environment))
 
-    def open(self, unit: Unit, weights: WeightReader | None) -> Engine:
-        """The engine of a unit, without contexts yet."""
+    def ready(self, unit: Unit, weights: WeightReader | None) -> Wanted:
+        """See to it that the engine of a unit is on disk, and whole."""
         wanted = self.wanted(unit, weights)
-        entry = self.obtain(wanted, weights)
+        self.obtain(wanted, weights)
+        return wanted
+
+    def open(self, wanted: Wanted, weights: WeightReader | None) -> Engine:
+        """An engine that is ready, without contexts yet.
+
+        Raises:
+            BackendError: TensorRT does not take it, nor one that was built anew; or the device is full.
+        """
         try:
-            return self._engine(entry, wanted)
+            return self._engine(self.store.use(wanted.name), wanted)
         except BackendError as error:
+            if "memory" in error.why:
+                raise  # a full device refuses every engine
             # Its bytes are those that were built, but this TensorRT does not take them: once more, and then it is told.
             self.line.say(f"{wanted.name} is built anew: {error.why}")
             return self._engine(self.obtain(wanted, weights, anew=True), wanted)
@@ -153,5 +163,5 @@ def _write(path: Path, data: memoryview) -> int:
     """Piece by piece: the system takes at most 2 GB at once."""
     with path.open("xb") as file:
         for at in range(0, data.nbytes, _CHUNK):
-            file.write(data[at : at + _CHUNK])
+            file.write(data.cast("B")[at : at + _CHUNK])
     return data.nbytes

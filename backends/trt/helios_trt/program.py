@@ -11,13 +11,13 @@ from torch import Tensor
 
 from helios import op
 from helios.errors import UnsupportedNode
-from helios.graph import Graph, Rate
+from helios.graph import Node, Rate
 from helios.passes import Plan
 from helios.program import Coverage, Program, WeightReader
 from helios_cuda import graphs
 from helios_cuda.graphs import NotCaptured, Steps
 from helios_trt.engine import Engine
-from helios_trt.units import Unit, units_of
+from helios_trt.units import Unit, units_of, without_constants
 
 if TYPE_CHECKING:
     from helios_trt.backend import TrtBackend
@@ -36,7 +36,11 @@ class TrtProgram(Program):
     def __init__(self, plan: Plan, backend: TrtBackend) -> None:
         super().__init__(plan, backend, _coverage(plan, backend))
         self._trt = backend
-        self.units = units_of(plan, self.weight_inputs(), backend.chosen["weights"])
+        split = {name: without_constants(graph) for name, graph in plan.graphs.items()}
+        computed = {name: graph for name, (graph, _) in split.items()}
+        self._constant = {name: graph for name, (_, graph) in split.items() if graph.outputs}
+        reduced = Plan({r: computed[r.label] for r in plan.phases}, {name: computed[name] for name in plan.steps})
+        self.units = units_of(reduced, self.weight_inputs(), backend.chosen["weights"])
         self._at = {graph.name: (unit, i) for unit in self.units for i, graph in enumerate(unit.graphs)}
         self._entries = {name: graph for name, graph in plan.steps.items() if graphs.reads_a_context(graph)}
         self._engines: dict[str, Engine] = {}
@@ -58,8 +62,9 @@ class TrtProgram(Program):
         often as it takes to know that the engine on disk is of these weights."""
         self._engines, self._steps, self._arena, self.eager = {}, None, None, self._trt.eager
         with self._trt.explained("the engines"):
-            for unit in self.units:
-                self._engines[unit.name] = self._trt.engines.open(unit, weights)
+            wanted = [(unit, self._trt.engines.ready(unit, weights)) for unit in self.units]
+            # All are built before the first is loaded: a build wants the whole device.
+            self._engines = {unit.name: self._trt.engines.open(one, weights) for unit, one in wanted}
             self._open()
         outside = {name for graph in self.plan.graphs for name in self.wanted(graph)}
         with self._trt.explained("the weights"):
@@ -95,21 +100,26 @@ class TrtProgram(Program):
 
     def _eagerly(self, name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         graph = self.plan.graphs[name]
+        made = self._constants(name)
         found = self._at.get(graph.name)
-        if found is None:
-            return dict(self._without_engine(graph, inputs))
-        unit, at = found
-        made = self._engines[unit.name].run(at, [inputs[v.name] for v in unit.inputs(graph)])
-        return {name: tensor for (name, _), tensor in zip(graph.outputs, made, strict=True)}
+        if found is not None:
+            unit, at = found
+            computed = unit.graphs[at]
+            results = self._engines[unit.name].run(at, [inputs[v.name] for v in unit.inputs(computed)])
+            made |= {key: tensor for (key, _), tensor in zip(computed.outputs, results, strict=True)}
+        # What is neither is an input that the graph hands on.
+        return {key: made[key] if key in made else inputs[value.name] for key, value in graph.outputs}
 
-    def _without_engine(self, graph: Graph, inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """A graph that hands on inputs and constants: the latter by their ops' bodies, on the host."""
-        known = dict(inputs)
+    def _constants(self, name: str) -> dict[str, Tensor]:
+        """Outputs that depend on nothing: by the bodies of ops, on the host, and then placed."""
+        graph = self._constant.get(name)
+        if graph is None:
+            return {}
+        known: dict[str, Tensor] = {}
         for node in graph.nodes:
-            made = op.get(node.op).fn(**node.attributes)
-            for value, tensor in zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=True):
-                known[value.name] = self.move(tensor, value.dtype)
-        yield from ((name, known[value.name]) for name, value in graph.outputs)
+            made = op.get(node.op).fn(*_operands(node, known), **node.attributes)
+            known |= zip((v.name for v in node.outputs), made if isinstance(made, tuple) else (made,), strict=True)
+        return {key: self.move(known[value.name], value.dtype) for key, value in graph.outputs}
 
     def _capture(self) -> Steps | None:
         recorder = self._trt.machine.recorder()
@@ -125,12 +135,26 @@ class TrtProgram(Program):
             warnings.warn(f"steps are not replayed as CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
         return self._steps
 
+    def capture(self) -> None:
+        """Capture all entries now, and not when the first of them is run: for a process that is to answer at once."""
+        with self._trt.explained("the graphs of its steps"):
+            if self._steps is None and not self.eager and self._entries:
+                self._capture()
+
     def execution(self) -> dict[str, Any]:
         """How steps run, as JSON values."""
         captured = [] if self._steps is None else list(self._steps.names)
         engines = {unit.name: [graph.name for graph in unit.graphs] for unit in self.units}
         arena = 0 if self._arena is None else self._arena.nbytes
         return {"graphs": captured, "eager": self.eager, "engines": engines, "workspace_bytes": arena}
+
+
+def _operands(node: Node, known: Mapping[str, Tensor]) -> Iterator[Tensor | None | list[Tensor]]:
+    for operand in node.inputs:
+        if isinstance(operand, tuple):
+            yield [known[value.name] for value in operand]
+        else:
+            yield None if operand is None else known[operand.name]
 
 
 def _coverage(plan: Plan, backend: TrtBackend) -> Coverage:

@@ -16,12 +16,12 @@ import hashlib
 from collections.abc import Iterable
 
 from helios.errors import GraphError
-from helios.graph import Graph, Rate, Value
-from helios.passes import Plan
+from helios.graph import Graph, Node, Rate, Value
+from helios.passes import Plan, prune
 
 # Named where it is called: helios.export needs onnx, which the class of the backend does not.
 
-__all__ = ["CONVOLUTIONS", "Unit", "units_of"]
+__all__ = ["CONVOLUTIONS", "Unit", "units_of", "without_constants"]
 
 CONVOLUTIONS = ("conv3d", "patch_embed")
 """Ops that are written as Conv; their second operand has to be constant."""
@@ -61,6 +61,26 @@ class Unit:
     def plain_bytes(self) -> int:
         """Of the constants that the graphs have beside that, at most: each is in the engine, too."""
         return sum(v.type.nbytes for node in self.graphs[-1].nodes if not node.inputs for v in node.outputs)
+
+
+def without_constants(graph: Graph) -> tuple[Graph, Graph]:
+    """The graph without outputs that depend on no input, and a graph of these alone: those the host computes once.
+
+    An engine whose output is a constant would be asked for nothing but to hand it out.
+    """
+    fed = {v.name for v in graph.inputs}
+    for node in graph.nodes:
+        if any(v.name in fed for v in node.values):
+            fed.update(v.name for v in node.outputs)
+    computed = tuple(output for output in graph.outputs if output[1].name in fed)
+    constant = tuple(output for output in graph.outputs if output[1].name not in fed)
+    rest, _ = prune(dataclasses.replace(graph, outputs=computed))
+    alone, _ = prune(dataclasses.replace(graph, inputs=(), outputs=constant, nodes=_unfed(graph, fed)))
+    return rest, alone
+
+
+def _unfed(graph: Graph, fed: set[str]) -> tuple[Node, ...]:
+    return tuple(node for node in graph.nodes if node.outputs[0].name not in fed)
 
 
 def units_of(plan: Plan, weights: Iterable[str], way: str) -> list[Unit]:

@@ -10,17 +10,18 @@ import torch
 import trt_acts
 from torch import Tensor
 from trt_networks import STAGES, Loaded, context, error, forwards, loaded, reference, step, tiny
-from trt_rig import HostMachine, RecordedTrt
+from trt_rig import HostMachine, RecordedTrt, recorded
 
 from helios.errors import BackendError, GraphError, UnsupportedNode
 from helios.graph import Builder, Rate
 from helios.lower import lower
+from helios.ops.layout import full
 from helios.ops.linear import linear
 from helios.ops.pointwise import add
 from helios.passes import build_plan
 from helios.pipeline.model import sized_model
 from helios_cuda.graphs import Recorder
-from helios_trt.units import units_of
+from helios_trt.units import units_of, without_constants
 
 T = TypeVar("T")
 BOUND = 1e-5
@@ -129,6 +130,12 @@ def test_every_context_has_its_own_profile(there: Loaded) -> None:
     assert chosen == wanted
 
 
+def test_all_engines_are_built_before_one_is_loaded(there: Loaded) -> None:
+    """A build times its kernels, and wants the whole device for it."""
+    last_build = max(i for i, call in enumerate(there.calls) if call == "Builder.build_serialized_network")
+    assert last_build < there.calls.index("Runtime.deserialize_cuda_engine")
+
+
 def test_second_program_builds_nothing(there: Loaded) -> None:
     before = len(there.strict.calls)
     backend = RecordedTrt(**there.backend.chosen)
@@ -177,6 +184,8 @@ def test_captured_steps_give_the_bits_of_eager_ones(monkeypatch: pytest.MonkeyPa
     recorder = Replayed()
     monkeypatch.setattr(HostMachine, "recorder", lambda self: recorder)
     with loaded(11, weights="profiles", graphs="off") as eager, loaded(11, weights="profiles", graphs="on") as replayed:
+        replayed.program.capture()
+        assert recorder.captured == 3
         contexts = [(context(eager.program, seed), context(replayed.program, seed)) for seed in (0, 7)]
         kept: list[tuple[Tensor, Tensor]] = []
         for seed, entry in enumerate(STAGES * 2):
@@ -266,3 +275,32 @@ def test_running_before_loading_is_told() -> None:
     program = lower(forwards(), RecordedTrt())
     with pytest.raises(GraphError, match="no weights yet"):
         program.run("denoise.0", step(program, "denoise.0", 0))
+
+
+def test_constants_and_what_is_handed_on_need_no_engine() -> None:
+    """An output of each kind: computed, constant, made of constants, and an input itself."""
+    with Builder("mixed") as build:
+        x = build.input("x", (2, 3), torch.float32, Rate.STEP)
+        two = full(shape=(2, 3), value=2.0, dtype=torch.float32)
+        build.output("sum", add(x, two))
+        build.output("two", two)
+        build.output("four", add(two, two))
+        build.output("same", x)
+    graph = build.graph()
+    rest, alone = without_constants(graph)
+    assert [name for name, _ in rest.outputs] == ["sum", "same"]
+    assert [name for name, _ in alone.outputs] == ["two", "four"]
+    with recorded(11):
+        program = lower({"mixed": graph}, RecordedTrt())
+        program.load(tiny().transformer_weights)
+        given = torch.arange(6.0).view(2, 3)
+        made = program.run("mixed", {"x": given})
+    wanted = {"sum": given + 2, "two": torch.full((2, 3), 2.0), "four": torch.full((2, 3), 4.0), "same": given}
+    assert {name: tensor.tolist() for name, tensor in made.items()} == {n: t.tolist() for n, t in wanted.items()}
+
+
+def test_tables_of_the_weights_phase_are_in_no_engine(there: Loaded) -> None:
+    """RoPE tables are constants: 7 MB of an engine at the published size, whose only work would be to copy them."""
+    (unit,) = (unit for unit in there.program.units if unit.name == "weights")
+    assert not [node for node in unit.graphs[0].nodes if node.op == "rope_table"]
+    assert [node for node in there.program.plan.phases[Rate.WEIGHTS].nodes if node.op == "rope_table"]

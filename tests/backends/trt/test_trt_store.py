@@ -16,7 +16,7 @@ import trt_acts
 from trt_rig import HostMachine, recorded
 from trt_strict import Strict
 
-from helios.errors import InputError, StorageError
+from helios.errors import BackendError, InputError, StorageError
 from helios.graph import Builder, Rate
 from helios.ops.linear import linear
 from helios.passes import build_plan
@@ -69,6 +69,10 @@ def make(strict: Strict, tmp_path: Path, told: StringIO) -> Callable[..., Engine
     return made
 
 
+def opened(engines: Engines, wanted: Unit, weights: Weights) -> Engine:
+    return engines.open(engines.ready(wanted, weights), weights)
+
+
 def eager(engines: Engines) -> Engines:
     return Engines(engines.machine, engines.store, Settings(effort=5), engines.line)
 
@@ -84,12 +88,12 @@ def only(folder: Path) -> Path:
 
 def test_second_start_builds_nothing(make: Any, strict: Strict) -> None:
     for _ in range(2):
-        assert isinstance(make().open(unit(), Weights(1)), Engine)
+        assert isinstance(opened(make(), unit(), Weights(1)), Engine)
     assert builds(strict) == 1
 
 
 def test_json_beside_says_what_it_is(make: Any, tmp_path: Path) -> None:
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     facts = json.loads(only(tmp_path).with_suffix(".json").read_text())
     assert facts["format"] == "helios-trt-1"
     assert facts["graphs"] == {"product": unit().graphs[0].digest}
@@ -102,16 +106,13 @@ def test_json_beside_says_what_it_is(make: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "change"),
     [
-        ("sizes", lambda engines: engines.open(unit(3), Weights(1))),
-        ("weights", lambda engines: engines.open(unit(), Weights(2))),
-        (
-            "options",
-            lambda engines: Engines(engines.machine, engines.store, Settings(5), engines.line).open(unit(), Weights(1)),
-        ),
+        ("sizes", lambda engines: opened(engines, unit(3), Weights(1))),
+        ("weights", lambda engines: opened(engines, unit(), Weights(2))),
+        ("options", lambda engines: opened(eager(engines), unit(), Weights(1))),
     ],
 )
 def test_what_an_engine_depends_on(make: Any, strict: Strict, tmp_path: Path, what: str, change: Any) -> None:
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     change(make())
     assert builds(strict) == 2
     assert len(list(tmp_path.glob("*.engine"))) == 2
@@ -119,7 +120,7 @@ def test_what_an_engine_depends_on(make: Any, strict: Strict, tmp_path: Path, wh
 
 def test_forms_that_change_are_another_engine(make: Any, strict: Strict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same graph, written otherwise: a digest of the graph alone would give the old engine."""
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     true = models.to_model
 
     def other(*args: Any, **kwargs: Any) -> Any:
@@ -128,7 +129,7 @@ def test_forms_that_change_are_another_engine(make: Any, strict: Strict, monkeyp
         return made
 
     monkeypatch.setattr(models, "to_model", other)
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     assert builds(strict) == 2
 
 
@@ -155,10 +156,10 @@ def cut(path: Path) -> None:
 def test_damaged_entry_is_built_anew(
     make: Any, strict: Strict, tmp_path: Path, told: StringIO, harm: Any, reason: str
 ) -> None:
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     before = only(tmp_path).read_bytes()
     harm(only(tmp_path))
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     assert builds(strict) == 2
     (line,) = [line for line in told.getvalue().splitlines() if "anew" in line]
     assert reason in line
@@ -167,12 +168,12 @@ def test_damaged_entry_is_built_anew(
 
 def test_foreign_entry_under_this_name_is_built_anew(make: Any, strict: Strict, tmp_path: Path, told: StringIO) -> None:
     """Somebody copied an engine of another GPU over ours, with its JSON."""
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     beside = only(tmp_path).with_suffix(".json")
     facts = json.loads(beside.read_text())
     facts["environment"]["device"]["name"] = "another GPU"
     beside.write_text(json.dumps(facts))
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     assert builds(strict) == 2
     assert f"device name is another GPU, here {trt_acts.device()}" in told.getvalue()
 
@@ -180,17 +181,17 @@ def test_foreign_entry_under_this_name_is_built_anew(make: Any, strict: Strict, 
 def test_other_gpu_builds_its_own_and_says_so(
     make: Any, strict: Strict, told: StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     monkeypatch.setenv(trt_acts.DEVICE, "device 1")
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     assert builds(strict) == 2
     assert "device name is device 0, here device 1" in told.getvalue()
 
 
 def test_other_version_builds_its_own_and_says_so(make: Any, told: StringIO, tmp_path: Path) -> None:
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     with recorded(10) as ten:
-        make().open(unit(), Weights(1))
+        opened(make(), unit(), Weights(1))
         assert builds(ten) == 1
     assert "tensorrt is 11.4.0.106, here 10.16.1.11" in told.getvalue()
     assert len(list(tmp_path.glob("*.engine"))) == 2
@@ -200,44 +201,44 @@ def test_engine_that_tensorrt_refuses_is_built_anew(
     make: Any, strict: Strict, told: StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its file is as it was built, and the machine says it is the same; TensorRT knows better."""
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     monkeypatch.setattr(
         HostMachine, "identity", lambda self: {"name": "device 0", "capability": "0.0", "driver": "0.0"}
     )
     monkeypatch.setenv(trt_acts.DEVICE, "device 1")
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     assert builds(strict) == 2
     assert "the engine is for device device 0, this is device 1" in told.getvalue()
 
 
 def test_run_that_goes_on_with_another_engine_is_refused(make: Any, strict: Strict) -> None:
     engines = make()
-    engines.open(unit(), Weights(1))
+    opened(engines, unit(), Weights(1))
     again = make()
     again.used.update(dict.fromkeys(engines.used, "0" * 64))
     with pytest.raises(InputError, match="another engine of product"):
-        again.open(unit(), Weights(1))
+        opened(again, unit(), Weights(1))
 
 
 @pytest.mark.parametrize("file", ["weights.bin", "model.onnx", "engine", "facts.json"])
 def test_full_disk_leaves_nothing_behind(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
-    opened = Path.open
+    true = Path.open
 
     def full(self: Path, *args: Any, **kwargs: Any) -> Any:
         if self.name == file:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-        return opened(self, *args, **kwargs)
+        return true(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(StorageError, match="No space left") as caught:
-        make().open(unit(), Weights(1))
+        opened(make(), unit(), Weights(1))
     assert "XDG_CACHE_HOME" in caught.value.fix
     assert not list(tmp_path.glob("*.engine"))
     assert not list(tmp_path.glob("*.json"))
     assert not list((tmp_path / "building").iterdir())
     monkeypatch.undo()
     with recorded(11):
-        make().open(unit(), Weights(1))
+        opened(make(), unit(), Weights(1))
 
 
 def test_too_little_room_is_told_before_anything_is_written(
@@ -246,23 +247,23 @@ def test_too_little_room_is_told_before_anything_is_written(
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("helios_trt.room.shutil.disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match=r"needs 0\.00 GB"):
-        make().open(unit(), Weights(1))
+        opened(make(), unit(), Weights(1))
     assert not list((tmp_path / "building").iterdir())
 
 
 def sized(make: Any, folder: Path) -> int:
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     return only(folder).stat().st_size
 
 
 def test_budget_removes_the_longest_unused_first(make: Any, tmp_path: Path) -> None:
     size = sized(make, tmp_path)
     first = only(tmp_path)
-    make().open(unit(), Weights(2))
+    opened(make(), unit(), Weights(2))
     (second,) = set(tmp_path.glob("*.engine")) - {first}
     for at, path in enumerate((second, first)):  # the first was used again after the second
         os.utime(path.with_suffix(".json"), (at + 1, at + 1))
-    make(budget=int(2.5 * size)).open(unit(), Weights(3))
+    opened(make(budget=int(2.5 * size)), unit(), Weights(3))
     assert first.exists()
     assert not second.exists()
     assert not second.with_suffix(".json").exists()
@@ -273,18 +274,18 @@ def test_budget_keeps_what_is_in_use(make: Any, tmp_path: Path) -> None:
     size = sized(make, tmp_path)
     first = only(tmp_path)
     using = make()
-    using.open(unit(), Weights(1))
-    make(budget=int(1.5 * size)).open(unit(), Weights(2))
+    opened(using, unit(), Weights(1))
+    opened(make(budget=int(1.5 * size)), unit(), Weights(2))
     assert first.exists()
     del using
-    make(budget=int(1.5 * size)).open(unit(), Weights(3))
+    opened(make(budget=int(1.5 * size)), unit(), Weights(3))
     assert not first.exists()
 
 
 def test_engine_larger_than_the_budget_is_refused(make: Any, tmp_path: Path) -> None:
     size = sized(make, tmp_path)
     with pytest.raises(StorageError, match="more than all engines may take") as caught:
-        make(budget=size - 1).open(unit(), Weights(2))
+        opened(make(budget=size - 1), unit(), Weights(2))
     assert caught.value.fix.startswith("HELIOS_TRT_BUDGET=")
     assert len(list(tmp_path.glob("*.engine"))) == 1
 
@@ -303,8 +304,8 @@ def test_budget_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_entries_by_the_beginning_of_their_name(make: Any, tmp_path: Path) -> None:
     engines = make()
-    engines.open(unit(), Weights(1))
-    engines.open(unit(), Weights(2))
+    opened(engines, unit(), Weights(1))
+    opened(engines, unit(), Weights(2))
     first, second = (entry.name for entry in engines.store.entries())
     assert engines.store.named(first[:-2]).name == first
     assert engines.store.named(str(tmp_path / f"{second}.engine")).name == second
@@ -315,19 +316,40 @@ def test_entries_by_the_beginning_of_their_name(make: Any, tmp_path: Path) -> No
 
 
 def test_timings_of_earlier_builds_are_given_to_later_ones(make: Any, strict: Strict, tmp_path: Path) -> None:
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     (cache,) = tmp_path.glob("timing-*.cache")
     first = cache.read_bytes()
-    make().open(unit(), Weights(2))
+    opened(make(), unit(), Weights(2))
     given = [g["serialized_timing_cache"] for c, g in strict.calls if c == "IBuilderConfig.create_timing_cache"]
     assert first in given
     assert len(cache.read_bytes()) > len(first)
 
 
 def test_timings_that_are_damaged_cost_time_alone(make: Any, strict: Strict, tmp_path: Path) -> None:
-    make().open(unit(), Weights(1))
+    opened(make(), unit(), Weights(1))
     (cache,) = tmp_path.glob("timing-*.cache")
     cache.write_bytes(b"what is this")
-    make().open(unit(), Weights(2))
+    opened(make(), unit(), Weights(2))
     assert builds(strict) == 2
     assert cache.read_bytes().startswith(trt_acts.MAGIC)
+
+
+def test_full_device_is_told_and_nothing_is_built_anew(
+    make: Any, strict: Strict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(make(), unit(), Weights(1))
+
+    def full(self: Any, serialized_engine: Any) -> None:
+        self._logger.log(strict.module.ILogger.Severity.ERROR, "Cuda Runtime (out of memory)")
+
+    monkeypatch.setattr(trt_acts.Runtime, "_do_deserialize_cuda_engine", full)
+    with pytest.raises(BackendError, match="out of memory"):
+        opened(make(), unit(), Weights(1))
+    assert builds(strict) == 1
+
+
+def test_engine_that_stays_refused_is_told(make: Any, strict: Strict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_acts.Runtime, "_do_deserialize_cuda_engine", lambda self, serialized_engine: None)
+    with pytest.raises(BackendError, match="does not take"):
+        opened(make(), unit(), Weights(1))
+    assert builds(strict) == 2

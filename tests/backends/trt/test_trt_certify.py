@@ -1,0 +1,37 @@
+"""``helios certify --backend trt`` with the recorder in TensorRT's place: evidence of the plumbing, and never a
+certificate."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+IN_PLACE = Path(__file__).parents[2] / "shared" / "trt_in_place"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("version", "backend"), [("10", "trt"), ("11", "trt:inputs")])
+def test_quick_suite_passes_in_float32_and_certifies_nothing(tmp_path: Path, version: str, backend: str) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(IN_PLACE),
+        "RECORDED_TENSORRT": version,
+        "XDG_CACHE_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    certify = ["certify", "--backend", backend, "--precision", "fp32", "--level", "pipeline"]
+    command = [sys.executable, "-m", "helios", *certify, "--out", str(tmp_path / "bundle")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    said = " ".join(ran.stdout.split())
+    assert ran.returncode == 0, said + ran.stderr[-2000:]
+    assert "ops: 507 passed" in said
+    assert "pipeline: 17 passed" in said
+    assert "levels blocks, model and pipeline" in said
+    assert "passed, which is not a certification" in said
+    verify = [sys.executable, "-m", "helios", "verify", str(tmp_path / "bundle")]
+    judged = subprocess.run(verify, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert "nothing emulated is evidence" in " ".join((judged.stdout + judged.stderr).split())
