@@ -7,7 +7,7 @@
 # certify: helios certify --backend trt, ops, blocks and model, in bf16, fp16 and fp32, and helios verify.
 # speed: first and steady chunks, the forwards, the VAE and the memory, both ways of holding weights, beside cuda.
 # Results go to ${OUT:-out/tensorrt}; a short table comes last. What is finished is not taken again: repeat the command.
-# Engines are kept in $XDG_CACHE_HOME/helios/trt; 14b needs 110 GB of disk and 60 GB of host memory while it is built.
+# Engines are kept in $XDG_CACHE_HOME/helios/trt; 14b needs some 60 GB of disk and of host memory (a prediction).
 # PYTHON names another interpreter; HELIOS_COMMIT the commit, where the tree came without git.
 # Exit code: 0 all well, 1 a result is wrong or failed, 2 the machine cannot run it.
 set -euo pipefail
