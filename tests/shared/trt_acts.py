@@ -36,6 +36,9 @@ DEVICE = "STANDIN_DEVICE"
 STEP = "STANDIN_STEP_SECONDS"
 """Environment: how long each of the steps of a build takes."""
 
+LACKS = "STANDIN_LACKS"
+"""Environment: ops of ONNX that the parser has no importer for."""
+
 ZEROS = "STANDIN_ZEROS"
 """Environment: nothing is computed, for types that ONNX Runtime has no arithmetic for."""
 
@@ -187,10 +190,19 @@ class OnnxParser:
     def _start(self: Any, network: Any, logger: Any) -> None:
         self._network, self._problems = network, []
 
+    def _do_supports_operator(self: Any, op_name: str) -> bool:
+        return op_name not in os.environ.get(LACKS, "").split()
+
     def _do_parse_from_file(self: Any, model: str) -> bool:
         try:
-            onnx.checker.check_model(model, full_check=True)
             loaded = onnx.load(model)
+            unsupported = {node.op_type for node in loaded.graph.node if not self._do_supports_operator(node.op_type)}
+            if unsupported:
+                raise ValueError(f"No importer registered for op: {min(unsupported)}")
+            _attention_kernels(loaded)
+            _constant_kernels(loaded)
+            _own_attributes_dropped(loaded)
+            onnx.checker.check_model(loaded, full_check=True)
             for value in (*loaded.graph.input, *loaded.graph.output):
                 if value.type.tensor_type.elem_type not in DTYPES:
                     raise ValueError(f"{value.name} is of no type that an engine has")
@@ -205,6 +217,38 @@ class OnnxParser:
 
     def _do_get_error(self: Any, index: int) -> Any:
         return self._strict.make("ParserError", _text=self._problems[index])
+
+
+def _attention_kernels(model: Any) -> None:
+    """Attention has a fused kernel in 16 bits, for some heads; or it was said that it may be taken apart."""
+    types = {v.name: v.type.tensor_type for v in (*model.graph.value_info, *model.graph.input)}
+    for node in model.graph.node:
+        if node.op_type != "Attention":
+            continue
+        found = {a.name: a.i for a in node.attribute}
+        kind = types[node.input[0]]
+        half = kind.elem_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+        head = kind.shape.dim[-1].dim_value // found["q_num_heads"]
+        if found.get("TRT_decomposable"):
+            if half:
+                raise ValueError("attention in 16 bits, taken apart: scores are rounded to 16 bits")
+        elif not (half and 16 <= head <= 256 and head % 8 == 0):
+            raise ValueError(f"no fused kernel for attention with heads of {head}, and it may not be taken apart")
+
+
+def _constant_kernels(model: Any) -> None:
+    known = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Conv" and not set(node.input[1:]) <= known:
+            raise ValueError(f"a convolution multiplies with what is no initializer: {list(node.input)}")
+
+
+def _own_attributes_dropped(model: Any) -> None:
+    """What TensorRT reads beyond ONNX, and ONNX does not know."""
+    for node in model.graph.node:
+        kept = [a for a in node.attribute if not a.name.startswith("TRT_")]
+        del node.attribute[:]
+        node.attribute.extend(kept)
 
 
 class ParserError:

@@ -30,10 +30,11 @@ def main() -> int:
             continue
     try:
         module = library.tensorrt()
-        print(f"{'TensorRT':12} {module.__version__}, graphs in ONNX opset {library.onnx_opset(module)}")
+        print(f"{'TensorRT':12} {module.__version__}")
         backend = load("trt")()
         for device in backend.devices():
             print(f"{'device':12} {device.index}: {device.name}, {(device.memory or 0) / 1e9:.1f} GB")
+        print(f"{'opset':12} {library.onnx_opset(module, library.logger(module))} of ONNX")
     except HeliosError as error:
         print(f"error: {error.why}\nfix: {error.fix}", file=sys.stderr)
         return 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from helios_trt.engine import Engine
 from helios_trt.machine import Machine
 from helios_trt.model import Written, digest_of, written
 from helios_trt.progress import Line
+from helios_trt.room import failing
 from helios_trt.store import Entry, Store
 from helios_trt.units import Unit
 
@@ -67,13 +70,28 @@ class Engines:
     def log(self) -> Any:
         return library.logger(self.module)
 
+    @functools.cached_property
+    def opset(self) -> int:
+        """Of ONNX, that TensorRT's parser is given. It is asked once for each version, and remembered on disk."""
+        known = self.store.folder / f"parser-{self.module.__version__}.opset"
+        try:
+            return int(json.loads(known.read_text(encoding="utf-8"))["opset"])
+        except (OSError, ValueError, KeyError, TypeError):
+            found = library.onnx_opset(self.module, self.log)
+        with failing(self.store.folder):
+            self.store.folder.mkdir(parents=True, exist_ok=True)
+            part = known.with_name(f".{known.name}.{os.getpid()}")
+            part.write_text(json.dumps({"opset": found}), encoding="utf-8")
+            part.replace(known)
+        return found
+
     def wanted(self, unit: Unit, weights: WeightReader | None) -> Wanted:
         """What would be built of a unit: everything but the build.
 
         Args:
             weights: read for what is built in; ``None`` where nothing is.
         """
-        model = written(unit, library.onnx_opset(self.module))
+        model = written(unit, self.opset)
         if unit.baked and weights is None:
             raise InputError(f"the engine of {unit.name} has weights built in, and there are none to build in")
         environment = {

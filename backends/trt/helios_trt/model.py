@@ -15,26 +15,17 @@ from torch import Tensor
 
 from helios.errors import InputError
 from helios.export.dynamic import unify
-from helios.export.emitter import Options
 from helios.export.model import to_model
 from helios.export.weights import arrange, external
 from helios.export.weights import write as write_weights
 from helios.graph import Value
 from helios.program import WeightReader
+from helios_trt.dialect import adapt, options_for
 from helios_trt.units import Unit
 
-__all__ = ["Written", "digest_of", "options_for", "written"]
+__all__ = ["Written", "digest_of", "written"]
 
 WEIGHTS = "weights.bin"
-
-
-def options_for(opset: int) -> Options:
-    """How graphs are written for TensorRT.
-
-    From opset 23 on attention stands as one op, whose scores TensorRT's kernels accumulate in float32; below, it is
-    written in products and a softmax, between which a strongly typed engine would round scores to 16 bits.
-    """
-    return Options(opset=opset, wide_attention=opset < 23)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,7 +73,8 @@ def written(unit: Unit, opset: int) -> Written:
     places = arrange({v.name: v.type for v in _baked(unit).values()})
     built_in = {name: external(place, WEIGHTS) for name, place in places.items()}
     source = unify(unit.graphs) if len(unit.graphs) > 1 else unit.graphs[0]
-    model = to_model(source, options_for(opset), initializers=built_in)
+    model = to_model(source, options_for(unit.graphs[0], opset), initializers=built_in)
+    adapt(model)
     return Written(unit, _serialized(model), tuple(str(value.name) for value in model.graph.outputs))
 
 

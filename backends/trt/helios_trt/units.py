@@ -6,7 +6,7 @@ engines with the weights built in would hold them three times. There are two way
 - ``profiles``: one engine for the three graphs, unified into one whose sizes are open, with an optimisation profile of
   exact sizes for each. The weights are built in; TensorRT lays them out as its kernels want them.
 - ``inputs``: an engine for each graph, exact in its sizes, with the weights as inputs that lie on the device once.
-  What a convolution multiplies with is built in all the same, since kernels of convolutions want constants.
+  What a convolution multiplies with and adds is built in all the same, since convolutions want constants.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Iterable
 
 from helios.errors import GraphError
-from helios.graph import Graph, Node, Rate, Value
+from helios.graph import Graph, Node, Rate, Value, operand_values
 from helios.passes import Plan, prune
 
 # Named where it is called: helios.export needs onnx, which the class of the backend does not.
@@ -24,7 +24,7 @@ from helios.passes import Plan, prune
 __all__ = ["CONVOLUTIONS", "Unit", "units_of", "without_constants"]
 
 CONVOLUTIONS = ("conv3d", "patch_embed")
-"""Ops that are written as Conv; their second operand has to be constant."""
+"""Ops that are written as Conv; their kernel and bias have to be constant."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,8 +113,8 @@ def _unit(graphs: tuple[Graph, ...], weights: frozenset[str], way: str) -> Unit:
 
 
 def _constant(graph: Graph) -> set[str]:
-    """Names of all that the kernels of convolutions come from."""
-    wanted = {n.inputs[1].name for n in graph.nodes if n.op in CONVOLUTIONS and isinstance(n.inputs[1], Value)}
+    """Names of all that kernels and biases of convolutions come from."""
+    wanted = {v.name for n in graph.nodes if n.op in CONVOLUTIONS for v in operand_values(n.inputs[1:])}
     for node in reversed(graph.nodes):
         if any(value.name in wanted for value in node.outputs):
             wanted.update(value.name for value in node.values)

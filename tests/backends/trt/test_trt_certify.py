@@ -26,7 +26,7 @@ def test_quick_suite_passes_in_float32_and_certifies_nothing(tmp_path: Path, ver
     certify = ["certify", "--backend", backend, "--precision", "fp32", "--level", "pipeline"]
     command = [sys.executable, "-m", "helios", *certify, "--out", str(tmp_path / "bundle")]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
-    said = " ".join(ran.stdout.split())
+    said = " ".join((ran.stdout + ran.stderr).split())
     assert ran.returncode == 0, said + ran.stderr[-2000:]
     assert "ops: 507 passed" in said
     assert "pipeline: 17 passed" in said

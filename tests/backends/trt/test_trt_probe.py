@@ -107,9 +107,15 @@ def test_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.fix.startswith("pip install --upgrade")
 
 
-@pytest.mark.parametrize(("version", "opset"), [("10.0.1", 20), ("10.14.1", 20), ("10.15.1", 23), ("11.4.0.106", 23)])
-def test_opset_by_version(version: str, opset: int) -> None:
-    assert library.onnx_opset(types.SimpleNamespace(__version__=version)) == opset
+@pytest.mark.parametrize(("lacks", "opset"), [("", 23), ("RMSNormalization", 20), ("RotaryEmbedding Attention", 20)])
+def test_opset_is_what_the_parser_takes(lacks: str, opset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(trt_acts.LACKS, lacks)
+    module = Strict(11, trt_acts.ACTS).module
+    assert library.onnx_opset(module, library.logger(module)) == opset
+
+
+def test_opset_of_a_version_before_attention() -> None:
+    assert library.onnx_opset(types.SimpleNamespace(__version__="10.13.3"), None) == 20
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")

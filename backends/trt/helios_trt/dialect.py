@@ -1,0 +1,74 @@
+"""What TensorRT's parser wants of a model beyond ONNX; read off its source, as far as that is public.
+
+- Attention is one fused kernel or an error, unless the attribute ``TRT_decomposable`` allows several. In float32 there
+  is no fused kernel, and products and softmax by themselves are as exact; in 16 bits they would round scores to 16
+  bits, so there only the fused kernel will do. It wants heads of 16 to 256 numbers, a multiple of 8; where others are,
+  operands are widened to float32.
+- A convolution whose kernel is not an initializer is built in another way, which is made for quantised networks. A
+  kernel that is a reshaped initializer therefore becomes an initializer of that shape.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+
+from helios.export.emitter import Options
+from helios.graph import Graph, Node
+
+__all__ = ["adapt", "fused_heads", "options_for"]
+
+HALF = (torch.bfloat16, torch.float16)
+DECOMPOSABLE = "TRT_decomposable"
+
+
+def options_for(graph: Graph, opset: int) -> Options:
+    """How a graph is written: with wide attention where scores would not be accumulated in float32 otherwise."""
+    return Options(opset=opset, wide_attention=opset < 23 or not all(map(fused_heads, graph.nodes)))
+
+
+def fused_heads(node: Node) -> bool:
+    """Whether a fused kernel runs the node, if it is attention in 16 bits; of everything else True."""
+    if node.op != "attention" or node.outputs[0].dtype not in HALF:
+        return True
+    head = node.values[0].shape[-1]
+    return 16 <= head <= 256 and head % 8 == 0
+
+
+def adapt(model: ir.Model) -> None:
+    """Change a model in place, as the module says."""
+    for node in list(model.graph):
+        if node.op_type == "Attention" and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.FLOAT:
+            node.attributes[DECOMPOSABLE] = ir.AttrInt64(DECOMPOSABLE, 1)
+        elif node.op_type == "Conv":
+            _fold(model.graph, node)
+
+
+def _fold(graph: ir.Graph, conv: ir.Node) -> None:
+    """Make a kernel that is a reshaped initializer one by itself, at the same place in the same file."""
+    kernel = conv.inputs[1]
+    reshape = None if kernel is None else kernel.producer()
+    if kernel is None or reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0] is None:
+        return
+    source = reshape.inputs[0].const_value
+    if not isinstance(source, ir.ExternalTensor) or kernel.shape is None:
+        return
+    name = f"{reshape.inputs[0].name}.{kernel.name}"
+    shape = ir.Shape(kernel.shape.numpy())
+    tensor = ir.ExternalTensor(
+        source.location, source.offset, source.length, source.dtype, shape=shape, name=name, base_dir=source.base_dir
+    )
+    folded = ir.Value(name=name, type=kernel.type, shape=shape, const_value=tensor)
+    graph.register_initializer(folded)
+    conv.replace_input_with(1, folded)
+    _drop(graph, reshape)
+
+
+def _drop(graph: ir.Graph, reshape: ir.Node) -> None:
+    """What nothing reads any more."""
+    source = reshape.inputs[0]
+    if reshape.outputs[0].uses():
+        return
+    graph.remove(reshape, safe=True)
+    if source is not None and source.name is not None and not source.uses() and source.name in graph.initializers:
+        del graph.initializers[source.name]
