@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from helios.errors import BackendError
 from helios.graph import Graph, Node
 from helios.ops import opset_hash
 from helios_ort.installed import runtime
-from helios_ort.providers import Provider
+from helios_ort.providers import CPU, Provider
 
 if TYPE_CHECKING:
     from helios.export.dynamic import Unified
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["KEPT", "Misplaced", "Refused", "Session", "build", "kept", "plain"]
 
 KEPT = 64
-"""How many sessions the process keeps. Their weights are inputs, so that one is little more than its list of nodes."""
+"""How many sessions on the CPU the process keeps beyond their use: weights are inputs, and memory between nodes comes
+from one pool, so that one is little more than its list of nodes. Elsewhere each has device memory of its own."""
 
 
 LONG = 360
@@ -50,7 +52,7 @@ class Misplaced:
     provider: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Session:
     """A graph, ready to run.
 
@@ -68,23 +70,26 @@ class Session:
 
 
 _lock = threading.Lock()
-_sessions: collections.OrderedDict[tuple[Any, ...], Session] = collections.OrderedDict()
+_alive: weakref.WeakValueDictionary[tuple[Any, ...], Session] = weakref.WeakValueDictionary()
+_recent: collections.OrderedDict[tuple[Any, ...], Session] = collections.OrderedDict()
 
 
 def kept(graph: Graph, provider: Provider) -> Session:
-    """The session of a graph whose weights are inputs, built once in this process.
+    """The session of a graph whose weights are inputs; one that the process has already is taken.
 
     Raises:
         Refused: as ``build``.
     """
     key = (graph.digest, opset_hash(), runtime().__version__, provider, torch.get_num_threads())
     with _lock:
-        if key not in _sessions:
-            _sessions[key] = build(graph, provider)
-        _sessions.move_to_end(key)
-        while len(_sessions) > KEPT:
-            _sessions.popitem(last=False)
-        return _sessions[key]
+        session = _alive.get(key) or build(graph, provider)
+        _alive[key] = session
+        if provider.name == CPU:
+            _recent[key] = session
+            _recent.move_to_end(key)
+            while len(_recent) > KEPT:
+                _recent.popitem(last=False)
+        return session
 
 
 def build(

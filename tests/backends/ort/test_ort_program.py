@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -189,7 +190,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return real(graph, *args, **kwargs)
 
     monkeypatch.setattr(sessions, "build", build)
-    monkeypatch.setattr(sessions, "_sessions", type(sessions._sessions)())
+    monkeypatch.setattr(sessions, "_recent", type(sessions._recent)())
+    monkeypatch.setattr(sessions, "_alive", type(sessions._alive)())
     return names
 
 
@@ -214,7 +216,20 @@ def test_only_so_many_sessions_are_kept(built: list[str], monkeypatch: pytest.Mo
     for size in (1, 2, 3, 3, 1):
         lower({"main": one_node("silu", (size,))}, OrtBackend())
     assert len(built) == 4
-    assert len(sessions._sessions) == 2
+    assert len(sessions._recent) == 2
+
+
+def test_sessions_beyond_the_cpu_live_as_long_as_a_program_has_them(
+    built: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "CPU", "OtherExecutionProvider")
+    first = lower({"main": one_node("silu", (7,))}, OrtBackend())
+    lower({"main": one_node("silu", (7,))}, OrtBackend())
+    assert len(built) == 1
+    del first
+    gc.collect()
+    lower({"main": one_node("silu", (7,))}, OrtBackend())
+    assert len(built) == 2
 
 
 # --- nodes that do not run ---
