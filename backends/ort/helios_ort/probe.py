@@ -13,6 +13,7 @@ import helios.ops  # noqa: F401  (registers the opset)
 from helios import op
 from helios.graph import Builder, Graph, Node, Rate
 from helios.precision import DTYPES
+from helios_ort.dialect import forms
 from helios_ort.providers import CPU, Provider
 from helios_ort.sessions import Refused, build
 
@@ -37,7 +38,7 @@ def supports(node: Node, provider: Provider) -> str | None:
     """
     from helios.export.forms import unsupported
 
-    reason = unsupported(node)
+    reason = unsupported(node, forms(provider))
     if reason is not None:
         return reason
     types = tuple(tuple(v.type for v in x) if isinstance(x, tuple) else x and x.type for x in node.inputs)

@@ -16,6 +16,7 @@ from torch import Tensor
 from helios.errors import BackendError
 from helios.graph import Graph, Node
 from helios.ops import opset_hash
+from helios_ort.dialect import forms
 from helios_ort.installed import runtime
 from helios_ort.providers import CPU, Provider
 
@@ -111,7 +112,7 @@ def build(
         Refused: ONNX Runtime does not take the graph.
     """
     weights = dict(built_in or {})
-    model, inputs, outputs = _model(graph, weights, provider.opset)
+    model, inputs, outputs = _model(graph, weights, provider)
     options = _options(provider, optimise)
     values = {name: _value(tensor) for name, tensor in weights.items()}
     if values:
@@ -127,7 +128,7 @@ def build(
 
 
 def _model(
-    graph: Graph | Unified, weights: Mapping[str, Tensor], opset: int
+    graph: Graph | Unified, weights: Mapping[str, Tensor], provider: Provider
 ) -> tuple[bytes, tuple[str, ...], tuple[str, ...]]:
     """The serialised model, whose nodes are called by what they make; its names of inputs and outputs."""
     import onnx_ir as ir
@@ -135,9 +136,8 @@ def _model(
     from helios.export.emitter import Options
     from helios.export.model import to_model
 
-    model = to_model(
-        graph, Options(opset=opset), initializers={name: _absent(name, tensor) for name, tensor in weights.items()}
-    )
+    absent = {name: _absent(name, tensor) for name, tensor in weights.items()}
+    model = to_model(graph, Options(opset=provider.opset), initializers=absent, forms=forms(provider))
     for node in model.graph:
         node.name = node.outputs[0].name
     inputs = tuple(str(value.name) for value in model.graph.inputs)

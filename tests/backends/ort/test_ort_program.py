@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -24,9 +25,10 @@ from helios.op import get
 from helios.pipeline.denoise import Layout, denoise_graphs
 from helios.pipeline.history import Window
 from helios.program import Program
-from helios_ort import OrtBackend, sessions
+from helios_ort import OrtBackend, dialect, sessions
 from helios_ort.pieces import in_pieces
 from helios_ort.program import OrtProgram
+from helios_ort.providers import Provider
 from helios_ort.sessions import Misplaced, Refused, Session
 
 F32 = torch.float32
@@ -393,3 +395,49 @@ def test_a_node_of_several_that_moved_is_counted_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr("helios_ort.program.kept", kept)
     program = lower({"main": one_node("silu", (2, 3))}, OrtBackend(), fallback="reference")
     assert program.coverage.fallbacks == 1
+
+
+# --- attention ---
+
+
+def peak_of(program: Program, given: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """The output of a run, and the bytes by which the process grew at its highest."""
+    status = Path("/proc/self/status")
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+
+    def told(name: str) -> int:
+        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith(name))
+
+    before = told("VmRSS")
+    out = program.run("main", given)["y"]
+    return out, told("VmHWM") - before
+
+
+def test_attention_of_many_tokens_is_cut_by_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, heads = 1536, 5
+    shape = (1, tokens, heads, 16)
+    given = {f"x{i}": torch.randn(shape) for i in range(3)}
+    scores = 4 * tokens * tokens
+    monkeypatch.setattr(dialect, "SCORES", 2 * scores)
+    graph = one_node("attention", shape, shape, shape)
+    program = cast(Any, lower({"main": graph}, OrtBackend()))
+    program.load(Given())
+    kinds = [n.op_type for part in parts_of(program) for n in part.get_nodes()]
+    assert kinds.count("Attention") == 3
+    out, peak = peak_of(program, given)
+    expected = get("attention").fn(*(x.double() for x in given.values()))
+    assert distance(out, expected) < 1e-6
+    assert peak < 4 * scores, "the scores of all heads were made at once"
+
+
+def parts_of(program: Any) -> Any:
+    return program._sessions["main.0"].runs.get_provider_graph_assignment_info()
+
+
+def test_attention_of_few_tokens_is_one_node_and_others_than_the_cpu_get_it_whole() -> None:
+    from helios.export.forms import FORMS
+
+    program = lower({"main": one_node("attention", *[(1, 64, 5, 16)] * 3)}, OrtBackend())
+    kinds = [n.op_type for part in parts_of(program) for n in part.get_nodes()]
+    assert kinds.count("Attention") == 1
+    assert dialect.forms(Provider("CUDAExecutionProvider")) is FORMS
