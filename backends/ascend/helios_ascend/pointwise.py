@@ -1,8 +1,9 @@
 """Elementwise ops. One operator where it is the whole op, else float32 between and one rounding.
 
-**GELU.** CANN has three: the tanh form and that with erf (``aten::gelu``, aclnnGeluV2), and ``npu_fast_gelu``,
-which its documentation gives as ``x · sigmoid(1.702 x)`` on the 910B. By the suite's four statistics on its own sample ``wide`` of ``gelu``, in bfloat16, against
-float64 (``tests/backends/ascend/test_gelu_choice.py`` computes and holds them):
+**GELU.** CANN has three: the tanh form and that with erf (``aten::gelu``, aclnnGeluV2), and ``npu_fast_gelu``, which
+its documentation gives as ``x · sigmoid(1.702 x)`` on the 910B. By the suite's four statistics on its own sample
+``wide`` of ``gelu``, in bfloat16, against float64 (``tests/backends/ascend/test_gelu_choice.py`` computes and holds
+them):
 
 ==============  =========  ========  =========  ==========
 form            norm       worst     gain       misrounded
