@@ -56,6 +56,7 @@ def test_nothing_else_is_there(names: set[str]) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {
         "helios",
         "helios_hal",
+        "helios_ascend",
         "helios_cpu",
         "helios_cuda",
         "helios_ort",

@@ -81,7 +81,8 @@ def test_the_vae_is_counted_in_what_it_decodes_in(capsys: pytest.CaptureFixture[
     assert single["speed"]["vae"][1] > 2 * half["speed"]["vae"][1]
     assert "--vae-precision" not in half["flags"]
     assert single["flags"][-2:] == ["--vae-precision", "fp32"]
-    assert loaded(capsys, "--device", "ascend-910b")["vae_precision"] == "fp32"
+    assert loaded(capsys, "--device", "ascend-910b")["vae_precision"] == "bf16"
+    assert loaded(capsys, "--device", "mi300x")["vae_precision"] == "fp32"
     assert main(["fit", "--device", "h200", "--vae-precision", "fb16"]) == 2
     assert "did you mean 'fp16'" in capsys.readouterr().err
 
@@ -133,7 +134,7 @@ def test_quantised_products_are_not_predicted_from_a_product_measured_here(
 
 
 def test_which_devices_multiply_e4m3_numbers() -> None:
-    without = ["rtx3090", "a100-40", "a100-80", "a800", "mi300x", "ascend-910b", "ascend-910c"]
+    without = ["rtx3090", "a100-40", "a100-80", "a800", "mi300x", "ascend-910b-32", "ascend-910b", "ascend-910c"]
     assert [name for name, device in table().items() if not device.fp8] == without
 
 

@@ -271,6 +271,9 @@ def test_an_unknown_device_names_the_nearest() -> None:
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("Ascend910B1", "ascend-910b"),
+        ("Ascend910B4", "ascend-910b-32"),
+        ("Ascend910B4-1", "ascend-910b"),
+        ("Ascend910_9392 (2.0 GiB of it taken by other processes)", "ascend-910c"),
         ("AMD EPYC", None),
     ],
 )
