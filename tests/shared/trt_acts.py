@@ -225,7 +225,7 @@ def _attention_kernels(model: Any) -> None:
     for node in model.graph.node:
         if node.op_type != "Attention":
             continue
-        found = {a.name: a.i for a in node.attribute}
+        found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         kind = types[node.input[0]]
         half = kind.elem_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
         head = kind.shape.dim[-1].dim_value // found["q_num_heads"]
@@ -234,6 +234,8 @@ def _attention_kernels(model: Any) -> None:
                 raise ValueError("attention in 16 bits, taken apart: scores are rounded to 16 bits")
         elif not (half and 16 <= head <= 256 and head % 8 == 0):
             raise ValueError(f"no fused kernel for attention with heads of {head}, and it may not be taken apart")
+        elif found["scale"] != 1:
+            raise ValueError("attention in 16 bits with a scale, whose root rounds queries and keys")
 
 
 def _constant_kernels(model: Any) -> None:

@@ -4,6 +4,10 @@
   is no fused kernel, and products and softmax by themselves are as exact; in 16 bits they would round scores to 16
   bits, so there only the fused kernel will do. It wants heads of 16 to 256 numbers, a multiple of 8; where others are,
   operands are widened to float32.
+- The scale of scores is multiplied to queries and keys, its root to each, in their own type. In bfloat16 that rounds
+  both, and is beyond the suite's budget: with the same rounding put into the reference, 5 of the suite's 24 cases of
+  attention fail, by up to 9 times. So queries are multiplied here, in float32, and the scale that is left is 1; with
+  queries alone rounded, once, all 24 pass.
 - A convolution whose kernel is not an initializer is built in another way, which is made for quantised networks. A
   kernel that is a reshaped initializer therefore becomes an initializer of that shape.
 """
@@ -38,10 +42,38 @@ def fused_heads(node: Node) -> bool:
 def adapt(model: ir.Model) -> None:
     """Change a model in place, as the module says."""
     for node in list(model.graph):
-        if node.op_type == "Attention" and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.FLOAT:
-            node.attributes[DECOMPOSABLE] = ir.AttrInt64(DECOMPOSABLE, 1)
+        if node.op_type == "Attention" and node.inputs[0] is not None:
+            if node.inputs[0].dtype == ir.DataType.FLOAT:
+                node.attributes[DECOMPOSABLE] = ir.AttrInt64(DECOMPOSABLE, 1)
+            else:
+                _scale_queries(model.graph, node, node.inputs[0])
         elif node.op_type == "Conv":
             _fold(model.graph, node)
+
+
+def _scale_queries(graph: ir.Graph, attention: ir.Node, queries: ir.Value) -> None:
+    """Multiply the queries by the scale in float32, round once, and leave a scale of 1."""
+    dtype = queries.dtype
+    assert dtype is not None
+    scale = attention.attributes["scale"].as_float()
+    number = _node("Constant", [], ir.DataType.FLOAT, value=ir.AttrTensor("value", ir.tensor(scale, ir.DataType.FLOAT)))
+    wide = _node("Cast", [queries], ir.DataType.FLOAT, to=ir.AttrInt64("to", int(ir.DataType.FLOAT)))
+    scaled = _node("Mul", [wide.outputs[0], number.outputs[0]], ir.DataType.FLOAT)
+    rounded = _node("Cast", [scaled.outputs[0]], dtype, to=ir.AttrInt64("to", int(dtype)))
+    for node in (wide, scaled, rounded):
+        node.outputs[0].shape = queries.shape
+    number.outputs[0].shape = ir.Shape([])
+    for i, node in enumerate((number, wide, scaled, rounded)):
+        node.outputs[0].name = f"{attention.outputs[0].name}.scaled.{i}"
+    graph.insert_before(attention, (number, wide, scaled, rounded))
+    attention.replace_input_with(0, rounded.outputs[0])
+    attention.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
+
+
+def _node(kind: str, inputs: list[ir.Value], dtype: ir.DataType, **attributes: ir.Attr) -> ir.Node:
+    made = ir.Node("", kind, inputs, list(attributes.values()))
+    made.outputs[0].type = ir.TensorType(dtype)
+    return made
 
 
 def _fold(graph: ir.Graph, conv: ir.Node) -> None:

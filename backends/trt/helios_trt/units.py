@@ -18,13 +18,11 @@ from collections.abc import Iterable
 from helios.errors import GraphError
 from helios.graph import Graph, Node, Rate, Value, operand_values
 from helios.passes import Plan, prune
+from helios_trt.kinds import CONVOLUTIONS
 
 # Named where it is called: helios.export needs onnx, which the class of the backend does not.
 
-__all__ = ["CONVOLUTIONS", "Unit", "units_of", "without_constants"]
-
-CONVOLUTIONS = ("conv3d", "patch_embed")
-"""Ops that are written as Conv; their kernel and bias have to be constant."""
+__all__ = ["Unit", "units_of", "without_constants"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -28,7 +28,8 @@ def test_quick_suite_passes_in_float32_and_certifies_nothing(tmp_path: Path, ver
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
     said = " ".join((ran.stdout + ran.stderr).split())
     assert ran.returncode == 0, said + ran.stderr[-2000:]
-    assert "ops: 507 passed" in said
+    refused = "conv3d[fp32,causal,step_weights], patch_embed[fp32,noisy,step_weights]"  # kernels that are inputs
+    assert f"ops: fail: 2 of 507 unsupported: {refused}; diagnostic for an engine" in said
     assert "pipeline: 17 passed" in said
     assert "levels blocks, model and pipeline" in said
     assert "passed, which is not a certification" in said

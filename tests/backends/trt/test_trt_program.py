@@ -15,6 +15,7 @@ from trt_rig import HostMachine, RecordedTrt, recorded
 from helios.errors import BackendError, GraphError, UnsupportedNode
 from helios.graph import Builder, Rate
 from helios.lower import lower
+from helios.ops.conv import conv3d
 from helios.ops.layout import full
 from helios.ops.linear import linear
 from helios.ops.pointwise import add
@@ -256,6 +257,15 @@ def test_float64_is_no_type_of_an_engine() -> None:
         build.output("y", add(x, x))
     with pytest.raises(UnsupportedNode, match="no tensors of float64"):
         lower({"wide": build.graph()}, RecordedTrt())
+
+
+def test_kernel_of_a_convolution_that_is_no_weight_is_refused() -> None:
+    with Builder("convolves") as build:
+        x = build.input("x", (1, 2, 1, 4, 4), torch.float32, Rate.STEP)
+        kernel = build.input("kernel", (3, 2, 1, 1, 1), torch.float32, Rate.STEP)
+        build.output("y", conv3d(x, kernel))
+    with pytest.raises(UnsupportedNode, match="wants its kernel and bias to be constant"):
+        lower({"convolves": build.graph()}, RecordedTrt())
 
 
 def test_graphs_that_cannot_be_unified_have_an_engine_each() -> None:
