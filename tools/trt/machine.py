@@ -19,6 +19,7 @@ def main() -> int:
     from helios.backend import load
     from helios.errors import HeliosError
     from helios_trt import library
+    from helios_trt.dialect import opset_for
     from helios_trt.store import cache_folder
 
     print(f"{'commit':12} {commit()}")
@@ -34,7 +35,8 @@ def main() -> int:
         backend = load("trt")()
         for device in backend.devices():
             print(f"{'device':12} {device.index}: {device.name}, {(device.memory or 0) / 1e9:.1f} GB")
-        print(f"{'opset':12} {library.onnx_opset(module, library.logger(module))} of ONNX")
+        lacks = library.lacking(module, library.logger(module))
+        print(f"{'parser':12} ONNX opset {opset_for(lacks)}; lacks {', '.join(lacks) or 'none of its ops'}")
     except HeliosError as error:
         print(f"error: {error.why}\nfix: {error.fix}", file=sys.stderr)
         return 2

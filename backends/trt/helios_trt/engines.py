@@ -71,17 +71,20 @@ class Engines:
         return library.logger(self.module)
 
     @functools.cached_property
-    def opset(self) -> int:
-        """Of ONNX, that TensorRT's parser is given. It is asked once for each version, and remembered on disk."""
-        known = self.store.folder / f"parser-{self.module.__version__}.opset"
+    def lacks(self) -> tuple[str, ...]:
+        """Ops of opset 23 that TensorRT's parser does not take. It is asked once for each version, which is kept."""
+        known = self.store.folder / f"parser-{self.module.__version__}.lacks"
         try:
-            return int(json.loads(known.read_text(encoding="utf-8"))["opset"])
+            found = tuple(json.loads(known.read_text(encoding="utf-8"))["lacks"])
+            if set(found) <= set(library.OPSET_23):
+                return found
         except (OSError, ValueError, KeyError, TypeError):
-            found = library.onnx_opset(self.module, self.log)
+            pass
+        found = library.lacking(self.module, self.log)
         with failing(self.store.folder):
             self.store.folder.mkdir(parents=True, exist_ok=True)
             part = known.with_name(f".{known.name}.{os.getpid()}")
-            part.write_text(json.dumps({"opset": found}), encoding="utf-8")
+            part.write_text(json.dumps({"lacks": found}), encoding="utf-8")
             part.replace(known)
         return found
 
@@ -91,7 +94,7 @@ class Engines:
         Args:
             weights: read for what is built in; ``None`` where nothing is.
         """
-        model = written(unit, self.opset)
+        model = written(unit, self.lacks)
         if unit.baked and weights is None:
             raise InputError(f"the engine of {unit.name} has weights built in, and there are none to build in")
         environment = {

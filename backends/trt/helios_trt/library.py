@@ -12,13 +12,23 @@ import torch
 
 from helios.errors import BackendError, BackendUnavailable
 
-__all__ = ["ATTENTION_FROM", "OLDEST", "logger", "onnx_opset", "require_onnx", "started", "tensorrt", "version"]
+__all__ = [
+    "ATTENTION_FROM",
+    "OLDEST",
+    "OPSET_23",
+    "lacking",
+    "logger",
+    "require_onnx",
+    "started",
+    "tensorrt",
+    "version",
+]
 
 OLDEST = (10, 0)
 """The first release whose networks are strongly typed and whose profiles each say what memory they need."""
 
 ATTENTION_FROM = (10, 14)
-"""The first whose parser takes Attention of ONNX opset 23; of the other ops of that opset each is asked."""
+"""The first whose parser takes Attention of ONNX opset 23; of each op of that opset the parser itself is asked."""
 
 OPSET_23 = ("Attention", "RMSNormalization", "RotaryEmbedding")
 """Ops that graphs in opset 23 are written in, and graphs in opset 20 are not."""
@@ -84,19 +94,18 @@ def version(module: Any) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def onnx_opset(module: Any, log: Any) -> int:
-    """The opset of ONNX in which this release is given graphs: 23 where its parser says that it takes what is new
-    there, else 20. The parser needs a builder, and that the GPU, for some seconds.
+def lacking(module: Any, log: Any) -> tuple[str, ...]:
+    """Which of ``OPSET_23`` this release's parser does not take. It needs a builder, which needs the GPU, for seconds.
 
     Raises:
         BackendError: TensorRT cannot start.
     """
     if version(module) < ATTENTION_FROM:
-        return 20
+        return OPSET_23
     builder = started(lambda: module.Builder(log), "builder", log)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = started(lambda: module.OnnxParser(network, log), "parser", log)
-    return 23 if all(parser.supports_operator(name) for name in OPSET_23) else 20
+    return tuple(name for name in OPSET_23 if not parser.supports_operator(name))
 
 
 def require_onnx() -> None:

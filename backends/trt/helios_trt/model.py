@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -64,8 +64,11 @@ class Written:
         return path
 
 
-def written(unit: Unit, opset: int) -> Written:
+def written(unit: Unit, lacks: Collection[str] = ()) -> Written:
     """The model of a unit: with open sizes where it has several graphs.
+
+    Args:
+        lacks: ops of opset 23 that TensorRT's parser does not take.
 
     Raises:
         UnsupportedNode: an op has no form in ONNX.
@@ -73,8 +76,8 @@ def written(unit: Unit, opset: int) -> Written:
     places = arrange({v.name: v.type for v in _baked(unit).values()})
     built_in = {name: external(place, WEIGHTS) for name, place in places.items()}
     source = unify(unit.graphs) if len(unit.graphs) > 1 else unit.graphs[0]
-    model = to_model(source, options_for(unit.graphs[0], opset), initializers=built_in)
-    adapt(model)
+    model = to_model(source, options_for(unit.graphs[0], lacks), initializers=built_in)
+    adapt(model, lacks)
     return Written(unit, _serialized(model), tuple(str(value.name) for value in model.graph.outputs))
 
 

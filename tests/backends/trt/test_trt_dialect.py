@@ -29,8 +29,8 @@ def attends(head: int, dtype: torch.dtype) -> Graph:
     return build.graph()
 
 
-def nodes(graph: Graph, opset: int = 23) -> list[onnx.NodeProto]:
-    model = onnx.load_from_string(written(Unit("x", (graph,), ()), opset).data)
+def nodes(graph: Graph, *lacks: str) -> list[onnx.NodeProto]:
+    model = onnx.load_from_string(written(Unit("x", (graph,), ()), lacks).data)
     return list(model.graph.node)
 
 
@@ -73,14 +73,14 @@ def test_attention_in_float32_may_be_taken_apart() -> None:
 
 
 def test_older_opset_has_no_attention_and_wide_products() -> None:
-    made = nodes(attends(128, torch.bfloat16), opset=20)
+    made = nodes(attends(128, torch.bfloat16), "Attention")
     assert "Attention" not in {node.op_type for node in made}
     assert [node.op_type for node in made].count("Cast") >= 3
 
 
 def test_recorder_refuses_what_a_parser_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the marks the same graphs have no engine: so the tests that build with them say something."""
-    monkeypatch.setattr("helios_trt.model.adapt", lambda model: None)
+    monkeypatch.setattr("helios_trt.model.adapt", lambda model, lacks: None)
     with recorded(11):
         for graph in (attends(128, torch.float32), attends(12, torch.bfloat16)):
             with pytest.raises(UnsupportedNode, match="no fused kernel for attention"):
@@ -102,7 +102,7 @@ def test_kernels_of_the_vae_are_initializers_of_their_shape(way: str) -> None:
     weights = {v.name for graph in plan.graphs.values() for v in graph.inputs_at(Rate.WEIGHTS)}
     reshaped = 0
     for unit in units_of(plan, weights, way):
-        model = onnx.load_from_string(written(unit, 23).data)
+        model = onnx.load_from_string(written(unit).data)
         known = {tensor.name: tensor for tensor in model.graph.initializer}
         for node in model.graph.node:
             if node.op_type == "Conv":
@@ -112,29 +112,37 @@ def test_kernels_of_the_vae_are_initializers_of_their_shape(way: str) -> None:
     assert reshaped
 
 
-def test_parser_that_lacks_an_op_gets_the_older_opset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("lacks", "attention_as_one"), [("RMSNormalization", True), ("RotaryEmbedding", False)])
+def test_parser_that_lacks_ops_gets_them_in_smaller_ones(
+    lacks: str, attention_as_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(trt_acts.LACKS, "RMSNormalization")
+    monkeypatch.setenv(trt_acts.LACKS, lacks)
     with loaded(11, graphs="off") as found:
-        assert found.backend.engines.opset == 20
+        assert found.backend.engines.lacks == (lacks,)
         here, wanted = context(found.program), context(reference())
         for entry in STAGES:
             made = found.program.run(entry, step(found.program, entry, 5), here)["velocity"]
             assert error(made, reference().run(entry, step(reference(), entry, 5), wanted)["velocity"]) < 1e-5
+        (unit,) = (unit for unit in found.program.units if unit.name == "denoise.0")
+        kinds = {node.op_type for node in onnx.load_from_string(written(unit, (lacks,)).data).graph.node}
+        assert lacks not in kinds
+        assert ("Attention" in kinds) == attention_as_one
         # Asked once: a second start reads the answer.
         again = RecordedTrt(graphs="off")
         before = len(found.strict.calls)
-        assert again.engines.opset == 20
+        assert again.engines.lacks == (lacks,)
         assert not [call for call, _ in found.strict.calls[before:] if call == "Builder"]
 
 
-def test_answer_that_cannot_be_read_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", ["{", '{"lacks": ["Everything"]}', '{"lacks": 3}', "[]"])
+def test_answer_that_cannot_be_read_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with recorded(11):
-        assert RecordedTrt().engines.opset == 23
-        (kept,) = (tmp_path / "helios" / "trt").glob("parser-*.opset")
-        kept.write_text("{")
-        assert RecordedTrt().engines.opset == 23
+        assert RecordedTrt().engines.lacks == ()
+        (kept,) = (tmp_path / "helios" / "trt").glob("parser-*.lacks")
+        kept.write_text(text)
+        assert RecordedTrt().engines.lacks == ()
         assert RecordedTrt().engines.store.entries() == []  # it is no engine
 
 

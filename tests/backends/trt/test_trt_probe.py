@@ -107,15 +107,15 @@ def test_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.fix.startswith("pip install --upgrade")
 
 
-@pytest.mark.parametrize(("lacks", "opset"), [("", 23), ("RMSNormalization", 20), ("RotaryEmbedding Attention", 20)])
-def test_opset_is_what_the_parser_takes(lacks: str, opset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lacks", ["", "RMSNormalization", "Attention RotaryEmbedding"])
+def test_parser_is_asked_what_it_takes(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(trt_acts.LACKS, lacks)
     module = Strict(11, trt_acts.ACTS).module
-    assert library.onnx_opset(module, library.logger(module)) == opset
+    assert library.lacking(module, library.logger(module)) == tuple(lacks.split())
 
 
-def test_opset_of_a_version_before_attention() -> None:
-    assert library.onnx_opset(types.SimpleNamespace(__version__="10.13.3"), None) == 20
+def test_version_before_attention_is_not_asked() -> None:
+    assert library.lacking(types.SimpleNamespace(__version__="10.13.3"), None) == library.OPSET_23
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
