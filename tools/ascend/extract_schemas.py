@@ -37,7 +37,7 @@ def main() -> None:
         out = HERE / "schemas" / f"torch_npu-{found['version']}.json"
         out.parent.mkdir(exist_ok=True)
         out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        print(f"{out.name}: {len(found['npu'])} schemas, {len(found['aten'])} kernels of torch's", file=sys.stderr)
+        print(out.name, file=sys.stderr)
 
 
 def extract(wheel: Path, operators: Iterable[str], aten: Iterable[str]) -> dict[str, object]:
