@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import re
-import sys
 import tomllib
 import zipfile
 from collections.abc import Iterable
@@ -37,7 +36,6 @@ def main() -> None:
         out = HERE / "schemas" / f"torch_npu-{found['version']}.json"
         out.parent.mkdir(exist_ok=True)
         out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        print(out.name, file=sys.stderr)
 
 
 def extract(wheel: Path, operators: Iterable[str], aten: Iterable[str]) -> dict[str, object]:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from npu_emulator.memory import blocked, deep, host, on_npu, place
+from npu_emulator.norms import standardized
 from npu_emulator.products import coarse
 from npu_emulator.rules import Refused
+from npu_emulator.stand_in import hf32
 
 __all__ = ["Entry", "allowed", "check", "computed", "overload"]
 
@@ -88,7 +90,10 @@ def computed(name: str) -> Callable[..., Any]:
             own["pin_memory"] = False
         given = deep(list(args), _seen)
         own = {key: deep(value, _seen) for key, value in own.items()}
-        result = _wide(op, CUBE[name], given, own) if name in CUBE else op(*given, **own)
+        if name in CUBE:
+            result = _wide(op, CUBE[name], given, own)
+        else:
+            result = (OWN.get(name) or op)(*given, **own)
         if returns_first:
             return kwargs["out"] if "out" in kwargs else args[0]
         if name == "_local_scalar_dense":
@@ -99,6 +104,22 @@ def computed(name: str) -> Callable[..., Any]:
     return run
 
 
+def _native_layer_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As aclnnLayerNorm writes it; torch on the host sums otherwise, so that a flat row of 16 bits is not 0 there."""
+    if any(w is not None and w.dtype not in (x.dtype, torch.float32) for w in (weight, bias)):
+        raise Refused("aten::native_layer_norm: weights are of the input's dtype, or float32")
+    y, mean, rstd = standardized(x.float(), tuple(range(x.dim() - len(shape), x.dim())), eps)
+    y = y if weight is None else y * weight.float()
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype), mean, rstd
+
+
+OWN: Mapping[str, Callable[..., Any]] = {"native_layer_norm": _native_layer_norm}
+"""What torch does not compute on the host as CANN documents it."""
+
+
 def _seen(x: Any) -> Any:
     return host(x) if on_npu(x) else x
 
@@ -106,7 +127,7 @@ def _seen(x: Any) -> Any:
 def _wide(op: Any, switch: str, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
     """Sums in float32, one rounding; with float32's own rounding first where HF32 is on."""
     dtype = next(x.dtype for x in args if isinstance(x, Tensor))
-    rounded = dtype == torch.float32 and bool(getattr(torch.npu, switch).allow_hf32)
+    rounded = dtype == torch.float32 and hf32(switch)
     if {x.dtype for x in args if isinstance(x, Tensor)} != {dtype}:
         raise Refused(f"{op}: operands of different dtypes")
 

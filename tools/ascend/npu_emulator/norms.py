@@ -9,7 +9,7 @@ from torch import Tensor
 
 from npu_emulator.rules import FLOATS, dtypes, operator, require, same_dtype
 
-__all__: list[str] = []
+__all__ = ["standardized"]
 
 
 def _over(name: str, x: Tensor, gamma: Tensor) -> tuple[int, ...]:
@@ -53,7 +53,8 @@ def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-
     return y.to(x1.dtype), rstd, x
 
 
-def _layer(x: Tensor, over: tuple[int, ...], epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+def standardized(x: Tensor, over: tuple[int, ...], epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Without mean and of unit deviation over some dimensions, the mean, and the reciprocal deviation."""
     mean = x.mean(over, keepdim=True)
     rstd = torch.rsqrt((x - mean).square().mean(over, keepdim=True) + epsilon)
     return (x - mean) * rstd, mean, rstd
@@ -71,7 +72,7 @@ def npu_add_layer_norm(
     require(gamma.dtype in (x1.dtype, torch.float32), name, "gamma is of the dtype of x1, or float32")
     require(x1.shape == x2.shape and gamma.shape == beta.shape, name, "x1 and x2, or gamma and beta, differ in shape")
     x = x1.float() + x2.float()
-    y, mean, rstd = _layer(x, _over(name, x, gamma), epsilon)
+    y, mean, rstd = standardized(x, _over(name, x, gamma), epsilon)
     y = (y * gamma.float() + beta.float()).to(x1.dtype)
     return y, mean, rstd, x.to(x1.dtype) if additional_output else torch.full_like(x1, float("nan"))
 
@@ -90,6 +91,6 @@ def npu_layer_norm_eval(
     same_dtype(name, input=input, weight=weight, bias=bias)
     shape = tuple(normalized_shape)
     require(input.shape[-len(shape) :] == shape, name, f"{list(shape)} is not the tail of {list(input.shape)}")
-    y = _layer(input.float(), tuple(range(input.dim() - len(shape), input.dim())), eps)[0]
+    y = standardized(input.float(), tuple(range(input.dim() - len(shape), input.dim())), eps)[0]
     y = y if weight is None else y * weight.float()
     return (y if bias is None else y + bias.float()).to(input.dtype)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_emulator.rules import FLOATS, dtypes, operator, require, same_dtype
+from npu_emulator.stand_in import hf32
 
 __all__ = ["coarse", "wide"]
 
@@ -25,17 +26,13 @@ def coarse(x: Tensor) -> Tensor:
     return ((bits + half) & -(1 << dropped)).view(torch.float32)
 
 
-def wide(fn: Callable[..., Tensor], tensors: Sequence[Tensor | None], hf32: bool, **args: Any) -> Tensor:
+def wide(fn: Callable[..., Tensor], tensors: Sequence[Tensor | None], unit: str, **args: Any) -> Tensor:
     """A product of the first operands that counts in float32, in the dtype that they came in."""
     first = next(x for x in tensors if x is not None)
     operands = [None if x is None else x.float() for x in tensors]
-    if hf32 and first.dtype == torch.float32:
+    if first.dtype == torch.float32 and hf32(unit):
         operands = [x if x is None or x.dim() < 2 else coarse(x) for x in operands]
     return fn(*operands, **args).to(first.dtype)
-
-
-def _hf32(kind: str) -> bool:
-    return bool(getattr(torch.npu, kind).allow_hf32)
 
 
 @operator("npu_linear")
@@ -44,7 +41,7 @@ def npu_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     dtypes("npu_linear", (torch.float16, torch.float32), input=input, weight=weight, bias=bias)
     same_dtype("npu_linear", input=input, weight=weight, bias=bias)
     require(input.dim() == 2 and weight.dim() == 2, "npu_linear", "input and weight are matrices")
-    return wide(F.linear, (input, weight, bias), _hf32("matmul"))
+    return wide(F.linear, (input, weight, bias), "matmul")
 
 
 @operator("npu_bmmV2")
@@ -53,7 +50,7 @@ def npu_bmm(input: Tensor, mat2: Tensor, output_sizes: Sequence[int]) -> Tensor:
     dtypes("npu_bmmV2", (torch.float16, torch.float32), input=input, mat2=mat2)
     same_dtype("npu_bmmV2", input=input, mat2=mat2)
     require(not output_sizes, "npu_bmmV2", "output_sizes belongs to the backward pass")
-    return wide(torch.matmul, (input, mat2), _hf32("matmul"))
+    return wide(torch.matmul, (input, mat2), "matmul")
 
 
 @operator("npu_conv3d", "npu_conv2d", "npu_convolution")
@@ -71,4 +68,4 @@ def npu_conv(
     same_dtype("npu_conv", input=input, weight=weight, bias=bias)
     given = {"stride": list(stride), "padding": list(padding), "dilation": list(dilation), "groups": groups}
     fn = F.conv3d if input.dim() == 5 else F.conv2d
-    return wide(fn, (input, weight, bias), _hf32("conv"), **given)
+    return wide(fn, (input, weight, bias), "conv", **given)

@@ -12,7 +12,7 @@ from torch import Tensor
 from npu_emulator import aten, attention, norms, pointwise, products  # noqa: F401  (they enter their operators)
 from npu_emulator.memory import FRACTAL_NZ, ND, blocked, deep, format_of, host, mark, on_npu, place
 from npu_emulator.rules import OPERATORS, Refused
-from npu_emulator.stand_in import load
+from npu_emulator.stand_in import blocks_allowed, load
 
 __all__ = ["register"]
 
@@ -104,7 +104,7 @@ def _format_cast(x: Tensor, acl_format: int, *_: Any, **options: Any) -> Tensor:
     if acl_format == FRACTAL_NZ and (x.dim() < 2 or x.dtype not in (torch.float16, torch.bfloat16)):
         raise Refused(f"npu_format_cast: FRACTAL_NZ of {x.dtype} {list(x.shape)}: wants matrices of 16 bits")
     out = place(host(x))
-    return mark(out) if acl_format == FRACTAL_NZ and torch.npu.config.allow_internal_format else out
+    return mark(out) if acl_format == FRACTAL_NZ and blocks_allowed() else out
 
 
 FORMATS: dict[str, Callable[..., Any]] = {"npu_format_cast": _format_cast, "get_npu_format": format_of}

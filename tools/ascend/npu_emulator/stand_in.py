@@ -10,10 +10,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["RIG", "load"]
+__all__ = ["RIG", "blocks_allowed", "hf32", "load"]
 
 RIG = Path(__file__).parents[3] / ".ascend"
 LIBRARIES = ("ascendcl", "acl_op_compiler", "hccl", "ge_runner", "graph", "acl_tdt_channel")
@@ -43,6 +44,18 @@ def load() -> None:
         warnings.simplefilter("ignore")
         importlib.import_module("torch_npu")
         torch.empty(1, device="npu")  # the first allocation has warnings of its own
+
+
+def hf32(unit: str) -> bool:
+    """Whether products of float32 may be rounded first, of ``matmul`` or of ``conv``: off and on, unless it was set."""
+    torch_npu: Any = sys.modules["torch_npu"]
+    return bool(getattr(torch_npu.npu, unit).allow_hf32)
+
+
+def blocks_allowed() -> bool:
+    """Whether ``torch.npu.config.allow_internal_format`` was set: it can be written only, here the option is read."""
+    torch_npu: Any = sys.modules["torch_npu"]
+    return bool(torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT") == b"enable")
 
 
 @contextlib.contextmanager

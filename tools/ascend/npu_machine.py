@@ -1,6 +1,6 @@
 """Say what of an Ascend machine is there, held against the table of versions; exit code 2 where it cannot run.
 
-python tools/ascend/machine.py [--backend ascend:1]
+python tools/ascend/npu_machine.py [--backend ascend:1]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Of the ways to run steps that ``tools/on_ascend.sh graphs`` measured, say which is fastest.
 
-python tools/ascend/fastest.py FOLDER
+python tools/ascend/npu_fastest.py FOLDER
 """
 
 from __future__ import annotations
