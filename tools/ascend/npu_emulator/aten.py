@@ -90,10 +90,8 @@ def computed(name: str) -> Callable[..., Any]:
             own["pin_memory"] = False
         given = deep(list(args), _seen)
         own = {key: deep(value, _seen) for key, value in own.items()}
-        if name in CUBE:
-            result = _wide(op, CUBE[name], given, own)
-        else:
-            result = (OWN.get(name) or op)(*given, **own)
+        own_or_torchs = functools.partial(_wide, op, CUBE[name]) if name in CUBE else OWN.get(name, op)
+        result = own_or_torchs(*given, **own)
         if returns_first:
             return kwargs["out"] if "out" in kwargs else args[0]
         if name == "_local_scalar_dense":
@@ -124,7 +122,7 @@ def _seen(x: Any) -> Any:
     return host(x) if on_npu(x) else x
 
 
-def _wide(op: Any, switch: str, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+def _wide(op: Any, switch: str, *args: Any, **kwargs: Any) -> Tensor:
     """Sums in float32, one rounding; with float32's own rounding first where HF32 is on."""
     dtype = next(x.dtype for x in args if isinstance(x, Tensor))
     rounded = dtype == torch.float32 and hf32(switch)

@@ -63,7 +63,7 @@ def mark(x: Tensor) -> Tensor:
 
 def blocked(x: Any) -> bool:
     """Whether a tensor, or what it is a view of, is held in blocks."""
-    return on_npu(x) and x.untyped_storage().data_ptr() in _blocked
+    return bool(_blocked) and on_npu(x) and x.untyped_storage().data_ptr() in _blocked
 
 
 def format_of(x: Tensor) -> int:

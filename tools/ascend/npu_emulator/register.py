@@ -14,7 +14,7 @@ from npu_emulator.memory import FRACTAL_NZ, ND, blocked, deep, format_of, host, 
 from npu_emulator.rules import OPERATORS, Refused
 from npu_emulator.stand_in import blocks_allowed, load
 
-__all__ = ["register"]
+__all__ = ["FORMATS", "check_format", "register"]
 
 KEY, AUTOGRAD = "PrivateUse1", "AutogradPrivateUse1"
 NATIVE = frozenset(
@@ -75,8 +75,7 @@ def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 def _npu(name: str) -> Callable[..., Any] | None:
     if name in FORMATS:
         return FORMATS[name]
-    fn = OPERATORS.get(name)
-    if fn is None:
+    if name not in OPERATORS:
 
         def refuse(*args: Any, **kwargs: Any) -> Any:
             raise Refused(f"npu::{name} is not emulated")
@@ -89,7 +88,7 @@ def _npu(name: str) -> Callable[..., Any] | None:
             raise Refused(f"npu::{name} of a tensor in FRACTAL_NZ")
         on_host = deep(given[0], lambda x: host(x) if on_npu(x) else x)
         named = {key: host(x) if on_npu(x) else x for key, x in given[1].items()}
-        result = fn(*on_host, **named)
+        result = OPERATORS[name](*on_host, **named)  # looked up here, so that a mutant can stand in its place
         return deep(result, lambda x: place(x) if isinstance(x, Tensor) else x)
 
     return run
@@ -97,14 +96,19 @@ def _npu(name: str) -> Callable[..., Any] | None:
 
 def _format_cast(x: Tensor, acl_format: int, *_: Any, **options: Any) -> Tensor:
     """A copy in another format. Without ``allow_internal_format`` there are no blocks, whatever is asked for."""
+    check_format(x, acl_format, **options)
+    out = place(host(x))
+    return mark(out) if acl_format == FRACTAL_NZ and blocks_allowed() else out
+
+
+def check_format(x: Tensor, acl_format: int, *_: Any, **options: Any) -> None:
+    """Refuse formats other than these two, blocks of anything but matrices of 16 bits, and casts along with them."""
     if any(value is not None for value in options.values()):
         raise Refused("npu_format_cast: casting dtypes along is not emulated")
     if acl_format not in (ND, FRACTAL_NZ):
         raise Refused(f"npu_format_cast: format {acl_format} is not emulated")
     if acl_format == FRACTAL_NZ and (x.dim() < 2 or x.dtype not in (torch.float16, torch.bfloat16)):
         raise Refused(f"npu_format_cast: FRACTAL_NZ of {x.dtype} {list(x.shape)}: wants matrices of 16 bits")
-    out = place(host(x))
-    return mark(out) if acl_format == FRACTAL_NZ and blocks_allowed() else out
 
 
 FORMATS: dict[str, Callable[..., Any]] = {"npu_format_cast": _format_cast, "get_npu_format": format_of}

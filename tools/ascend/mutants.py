@@ -1,0 +1,183 @@
+"""Wrong uses of torch_npu's operators, each of which the suite must catch over the emulation.
+
+    python tools/ascend/mutants.py [NAME ...] [--precision bf16 fp32] [--seed 0] [--out FILE.md]
+
+A mutant changes what the backend passes to an operator, as if its kernel were written so. Cases of the ops that the
+mistake concerns run until one fails that the right backend passes. Exit code 1 where a mutant survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helios.backend import select
+from helios_conformance import execute, references, suite
+from helios_conformance.case import Case
+from helios_conformance.draws import Root
+from helios_conformance.session import Session
+
+__all__ = ["MUTANTS", "Mutant", "caught", "main"]
+
+Call = tuple[list[Any], dict[str, Any]]
+LONG = ("long", "long_keys")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mutant:
+    """A mistake: in calls of ``operators``, seen in cases of ``ops``."""
+
+    name: str
+    wrong: str
+    operators: tuple[str, ...]
+    ops: tuple[str, ...]
+    change: Callable[[list[Any], dict[str, Any]], Call]
+
+
+ATTENTION = ("npu_fused_infer_attention_score", "npu_fusion_attention", "npu_fusion_attention_v3")
+LAYOUT = {"BNSD": "BSND", "BSND": "BNSD", "BSH": "SBH", "SBH": "BSH"}
+
+
+def _without(key: str) -> Callable[[list[Any], dict[str, Any]], Call]:
+    """Left to its default, where it comes by keyword."""
+    return lambda args, kwargs: (args, {k: v for k, v in kwargs.items() if k != key})
+
+
+def _with(**given: Any) -> Callable[[list[Any], dict[str, Any]], Call]:
+    return lambda args, kwargs: (args, kwargs | given)
+
+
+def _layout(args: list[Any], kwargs: dict[str, Any]) -> Call:
+    if "input_layout" in kwargs:
+        return args, kwargs | {"input_layout": LAYOUT[kwargs["input_layout"]]}
+    return [LAYOUT.get(x, x) if isinstance(x, str) else x for x in args], kwargs
+
+
+def _merged(args: list[Any], kwargs: dict[str, Any]) -> Call:
+    """Heads and rows read the other way round, with sizes that fit: what a view instead of a transpose does."""
+    args = [x.transpose(1, 2).reshape(x.shape) if isinstance(x, Tensor) and x.dim() == 4 else x for x in args]
+    return args, kwargs
+
+
+def _mask(args: list[Any], kwargs: dict[str, Any]) -> Call:
+    """A mask that says true where a key counts: for this operator true hides."""
+    q, k = args[0], args[1]
+    layout = kwargs.get("input_layout", next((x for x in args if isinstance(x, str)), "BSH"))
+    at = 2 if layout.startswith("BNSD") else 0 if layout == "SBH" else 1
+    mask = torch.ones(1, 1, q.shape[at], k.shape[at], dtype=torch.bool)
+    mask[..., -1] = False  # so that something is left to attend to
+    return args, kwargs | {"atten_mask": mask}
+
+
+def _half(args: list[Any], kwargs: dict[str, Any]) -> Call:
+    return [x for x in args if not isinstance(x, str)], kwargs | {"rotary_mode": "half"}
+
+
+def _swapped(args: list[Any], kwargs: dict[str, Any]) -> Call:
+    return [args[0], args[2], args[1], *args[3:]], kwargs
+
+
+def _epsilon(value: float) -> Callable[[list[Any], dict[str, Any]], Call]:
+    def change(args: list[Any], kwargs: dict[str, Any]) -> Call:
+        return [x for x in args if not isinstance(x, float)], kwargs | {"epsilon": value}
+
+    return change
+
+
+NORMS = ("adaln", "gated_add_adaln", "qk_norm_rope", "rms_norm", "layer_norm", "layer_norm_affine")
+MUTANTS = (
+    Mutant("rotation_of_halves", "half instead of interleave", ("npu_rotary_mul",), ("rope", "qk_norm_rope"), _half),
+    Mutant("cosine_for_sine", "r1 and r2 exchanged", ("npu_rotary_mul",), ("rope", "qk_norm_rope"), _swapped),
+    Mutant("mask_flipped", "a mask whose ones mean: attend", ATTENTION, ("attention",), _mask),
+    Mutant("scale_of_one", "the scale left to its default", ATTENTION, ("attention",), _without("scale")),
+    Mutant("other_layout", "the layout named the other way", ATTENTION, ("attention",), _layout),
+    Mutant("heads_viewed_as_rows", "a view where a transpose belongs", ATTENTION, ("attention",), _merged),
+    Mutant("epsilon_of_add_layer_norm", "1e-5, its default", ("npu_add_layer_norm",), NORMS, _epsilon(1e-5)),
+    Mutant("epsilon_of_rms_norm", "1e-5 instead of 1e-6", ("npu_rms_norm",), NORMS, _epsilon(1e-5)),
+    Mutant("sum_not_asked_for", "additional_output left out", ("npu_add_layer_norm",), NORMS, _with(additional_output=False)),
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def mistaken(mutant: Mutant) -> Iterator[list[str]]:
+    """Within, the operators are called wrongly; the list names those that were called at all."""
+    from npu_emulator.rules import OPERATORS
+
+    right, called = dict(OPERATORS), list[str]()
+
+    def wrap(name: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            changed, named = mutant.change(list(args), dict(kwargs))
+            return right[name](*changed, **named)
+
+        return run
+
+    OPERATORS.update({name: wrap(name) for name in mutant.operators})
+    try:
+        yield called
+    finally:
+        OPERATORS.update(right)
+
+
+def _state(case: Case, backend: Any, seed: int) -> tuple[str, str]:
+    verdict = execute.run_here(case, Session(backend, Root(seed, "n")), references.committed())[1]
+    return verdict.state, str(verdict.reason)
+
+
+def caught(mutant: Mutant, backend: Any, precision: str, seed: int = 0) -> tuple[str, str]:
+    """The case that failed and how; or nothing and why: it survived, or its operators were never called."""
+    reached = False
+    for case in suite.choose(precision, "quick", ["ops"]):
+        fits = case.params.get("op") in mutant.ops and case.check in ("op_values", "op_specials")
+        if not fits or str(case.params.get("sample")) in LONG:
+            continue
+        with mistaken(mutant) as called:
+            state, reason = _state(case, backend, seed)
+        reached = reached or bool(called)
+        if called and state != "pass" and _state(case, backend, seed)[0] == "pass":
+            return case.id, reason
+    return "", "survived" if reached else "its operators are not called"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, print each row as it comes, and the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="all unless given")
+    parser.add_argument("--precision", nargs="*", default=["bf16", "fp32"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the table as Markdown")
+    args = parser.parse_args(argv)
+    backend = select("ascend:emulated")
+    rows, wrong = [], 0
+    for mutant in MUTANTS:
+        if args.names and mutant.name not in args.names:
+            continue
+        for precision in args.precision:
+            case, reason = caught(mutant, backend, precision, args.seed)
+            elsewhere = not case and reason != "survived"
+            wrong += not case and not elsewhere
+            rows.append((mutant.name, mutant.wrong, precision, case or "–", reason.split(";")[0][:110]))
+            print("  ".join(rows[-1]), flush=True)
+    never = {row[0] for row in rows} - {row[0] for row in rows if row[3] != "–"}
+    print(f"{len(rows)} rows, {wrong} survived; caught in no precision: {sorted(never) or 'none'}")
+    if args.out:
+        args.out.write_text(_table(rows))
+    return 1 if wrong or never or not rows else 0
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    head = ("mutant", "what is wrong", "precision", "caught by", "what failed")
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * 5, *rows)) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
