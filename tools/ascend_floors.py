@@ -94,7 +94,7 @@ class Launches(TorchDispatchMode):
     """Notes the bytes of every operator that computes or moves something."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.moved: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,17 +139,18 @@ class Shapes:
 @contextlib.contextmanager
 def on_shapes(launches: Launches) -> Iterator[None]:
     """Within, the kernels' operators take tensors of the meta device."""
-    had = operators.version, torch.ops.__dict__.get("npu")
-    operators.version, torch.ops.npu = (lambda: (2, 13)), Shapes(launches)  # type: ignore[assignment]
+    namespace: dict[str, Any] = vars(torch.ops)
+    version, npu = operators.version, namespace.get("npu")
+    operators.version = lambda: (2, 13)  # type: ignore[assignment]
+    namespace["npu"] = Shapes(launches)
     try:
         with launches:
             yield
     finally:
-        operators.version = had[0]
-        if had[1] is None:
-            del torch.ops.__dict__["npu"]
-        else:
-            torch.ops.npu = had[1]
+        operators.version = version
+        namespace.pop("npu")
+        if npu is not None:
+            namespace["npu"] = npu
 
 
 def lowered(graph: Graph, fusions: Sequence[str]) -> Graph:
