@@ -94,7 +94,7 @@ def to_frames(video: Tensor) -> Tensor:
             f"the decoded video {list(video.shape)} holds NaN",
             "check the weights, or run in a wider precision (--precision fp32)",
         )
-    levels = unit.clamp_(0.0, 1.0).mul_(255.0).round_().to(torch.uint8)
+    levels = unit.clamp_(0.0, 1.0).mul_(255.0).round().to(torch.uint8)
     return levels.permute(0, 2, 3, 4, 1).contiguous()
 
 
