@@ -26,6 +26,9 @@ __all__ = ["NEWEST", "OLDEST", "Emitter", "Options", "broadcast", "fixed", "shap
 OLDEST, NEWEST = 18, 23
 """Opsets of ONNX that can be written: 18 is the first whose reductions and splits take what the forms give them."""
 
+BFLOAT16_CONV = 22
+"""The first opset whose Conv takes bfloat16."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
@@ -211,6 +214,14 @@ class Emitter:
         kept = enumerate(x.sizes)
         sizes = tuple(1 if i in axes else size for i, size in kept if keep or i not in axes)
         return self.op(kind, x, self.ints(list(axes)), sizes=sizes, keepdims=int(keep))
+
+    def conv(self, x: Wire, weight: Wire, bias: Wire | None, *, sizes: Sizes, **attrs: Any) -> Wire:
+        """A convolution in the dtype of x; in float32 and rounded where the opset's does not take that."""
+        narrow = x.dtype == torch.bfloat16 and self.options.opset < BFLOAT16_CONV
+        dtype = torch.float32 if narrow else x.dtype
+        operands = [None if o is None else self.cast(o, dtype) for o in (x, weight, bias)]
+        shape = [fixed(size) for size in weight.sizes[2:]]
+        return self.cast(self.op("Conv", *operands, sizes=sizes, kernel_shape=shape, **attrs), x.dtype)
 
     def expand(self, x: Wire, sizes: Sizes) -> Wire:
         return x if x.sizes == sizes else self.op("Expand", x, self.ints(sizes), sizes=sizes)

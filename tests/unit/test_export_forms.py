@@ -173,6 +173,14 @@ def test_each_dtype_has_a_form_that_comes_back(name: str, dtype: torch.dtype) ->
                 assert str(to_graph(ir.from_proto(model))) == str(graph)
 
 
+@pytest.mark.parametrize("opset", range(OLDEST, NEWEST))
+def test_each_opset_takes_bfloat16(opset: int) -> None:
+    """Not every op of every opset does: what does not is widened."""
+    for name in OPS:
+        sample = op.get(name).samples()[0]
+        checked(graph_of(name, sample.make(torch.bfloat16), sample.attrs), Options(opset=opset))
+
+
 def test_a_softmax_of_16_bits_has_float32_scores() -> None:
     x = torch.zeros(1, 5, 2, 8, dtype=torch.bfloat16)
     graph = graph_of("attention", [x, x, x], {})

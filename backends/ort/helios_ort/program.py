@@ -168,13 +168,16 @@ def run(
     binding = session.runs.io_binding()
     held = [tensor.detach().contiguous() for tensor in inputs]  # until the run is over
     made = [torch.empty(kind.shape, dtype=kind.dtype, device=device) for kind in outputs]
+    spare = torch.empty(64, dtype=torch.uint8, device=device)
     for bind, names, tensors in (
         (binding.bind_input, session.inputs, held),
         (binding.bind_output, session.outputs, made),
     ):
         for name, tensor in zip(names, tensors, strict=True):
-            at = tensor.device
-            bind(name, at.type, at.index or 0, int(element(tensor.dtype)), tuple(tensor.shape), tensor.data_ptr())
+            # ONNX Runtime wants an address for a tensor without elements, too; nothing is read or written there.
+            place = tensor if tensor.numel() else spare
+            at = place.device
+            bind(name, at.type, at.index or 0, int(element(tensor.dtype)), tuple(tensor.shape), place.data_ptr())
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # ONNX Runtime has a stream of its own
     try:

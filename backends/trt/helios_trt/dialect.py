@@ -31,8 +31,8 @@ DECOMPOSABLE = "TRT_decomposable"
 
 
 def opset_for(lacks: Collection[str]) -> int:
-    """Of ONNX, for a parser that lacks these ops of opset 23."""
-    return 20 if {"Attention", "RotaryEmbedding"} & set(lacks) else 23
+    """Of ONNX, for a parser that lacks these ops of opset 23: the one before, which takes bfloat16 as it does."""
+    return 22 if {"Attention", "RotaryEmbedding"} & set(lacks) else 23
 
 
 def options_for(graph: Graph, lacks: Collection[str]) -> Options:

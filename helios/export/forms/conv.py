@@ -28,16 +28,7 @@ Three = tuple[int, int, int]
 
 @form
 def conv3d(e: Emitter, x: Wire, weight: Wire, bias: Wire | None = None, *, stride: Three, padding: Three) -> Wire:
-    return e.op(
-        "Conv",
-        x,
-        weight,
-        bias,
-        sizes=e.expected[0],
-        kernel_shape=list(map(fixed, weight.sizes[2:])),
-        strides=list(stride),
-        pads=[*padding, *padding],
-    )
+    return e.conv(x, weight, bias, sizes=e.expected[0], strides=list(stride), pads=[*padding, *padding])
 
 
 @form

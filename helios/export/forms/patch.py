@@ -18,7 +18,7 @@ def patch_embed(e: Emitter, x: Wire, weight: Wire, bias: Wire) -> Wire:
     kernel = [fixed(size) for size in weight.sizes[2:]]
     b, tokens, width = e.expected[0]
     grid = tuple(size // k for size, k in zip(x.sizes[2:], kernel, strict=True))
-    made = e.op("Conv", x, weight, bias, sizes=(b, width, *grid), kernel_shape=kernel, strides=kernel)
+    made = e.conv(x, weight, bias, sizes=(b, width, *grid), strides=kernel)
     return e.transpose(e.reshape(made, (b, width, tokens)), (0, 2, 1))
 
 

@@ -441,3 +441,16 @@ def test_attention_of_few_tokens_is_one_node_and_others_than_the_cpu_get_it_whol
     kinds = [n.op_type for part in parts_of(program) for n in part.get_nodes()]
     assert kinds.count("Attention") == 1
     assert dialect.forms(Provider("CUDAExecutionProvider")) is FORMS
+
+
+def test_tensors_without_elements_are_bound_like_others() -> None:
+    with Builder("empty") as build:
+        x = build.input("x", (1, 4, 8), F32, Rate.STEP)
+        nothing = build.input("nothing", (1, 0, 8), F32, Rate.STEP)
+        build.output("whole", get("concat")([x, nothing], dim=1))
+        build.output("none", get("narrow")(x, dim=1, start=0, length=0))
+    program = lower({"empty": build.graph()}, OrtBackend())
+    program.load(SimpleNamespace(read=lambda name: torch.zeros(0)))
+    made = program.run("empty", {"x": torch.ones(1, 4, 8), "nothing": torch.ones(1, 0, 8)})
+    assert torch.equal(made["whole"], torch.ones(1, 4, 8))
+    assert made["none"].shape == (1, 0, 8)
