@@ -35,11 +35,11 @@ TOKENS = 7
 
 
 @functools.cache
-def tiny(variant: str, amplified: bool = False) -> Model:
+def tiny(variant: str, amplified: bool = False, size: str = "tiny") -> Model:
     # Norms over one channel, as the tiny VAE has them, are a sign: a rounding apart, and it is the other one.
     vae = dataclasses.replace(SIZES["tiny"].vae, base_dim=8)
     vae_weights = RandomWeights(vae_shapes(vae), seed=0)
-    model = dataclasses.replace(sized_model("tiny", variant), vae=vae, vae_weights=vae_weights)
+    model = dataclasses.replace(sized_model(size, variant), vae=vae, vae_weights=vae_weights)
     if not amplified:
         return model
     config = dataclasses.replace(model.transformer, is_amplify_history=True)
@@ -88,18 +88,20 @@ def reference(asked: Entries) -> Program:
 
 
 CASES = [
-    pytest.param("distilled", False, Options(), id="distilled"),
-    pytest.param("distilled", True, Options(), id="amplified"),
-    pytest.param("mid", False, Options("annotated"), id="mid-annotated"),
-    pytest.param("base", True, Options(opset=18), id="base-18"),
+    pytest.param("tiny", "distilled", False, Options(), id="distilled"),
+    pytest.param("tiny", "distilled", True, Options(), id="amplified"),
+    pytest.param("tiny", "mid", False, Options("annotated"), id="mid-annotated"),
+    pytest.param("tiny", "base", True, Options(opset=18), id="base-18"),
+    pytest.param("mini", "distilled", False, Options(), id="mini", marks=pytest.mark.slow),
+    pytest.param("mini", "distilled", True, Options(), id="mini-amplified", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("variant", "amplified", "options"), CASES)
+@pytest.mark.parametrize(("size", "variant", "amplified", "options"), CASES)
 def test_every_model_gives_what_the_reference_gives(
-    variant: str, amplified: bool, options: Options, tmp_path: Path
+    size: str, variant: str, amplified: bool, options: Options, tmp_path: Path
 ) -> None:
-    asked = entries(tiny(variant, amplified))
+    asked = entries(tiny(variant, amplified, size))
     stranger, program = written(asked, tmp_path / "onnx", options), reference(asked)
     slow = {rate: inputs_of(asked, program, rate) for rate in (Rate.PROMPT, Rate.CHUNK)}
     context = program.bind(slow[Rate.PROMPT]) | program.bind(slow[Rate.CHUNK])
