@@ -138,3 +138,13 @@ def test_a_whole_turn_more_changes_no_sinusoid() -> None:
     assert float(reduced.abs().max()) <= 3.1416 + 1e-3
     assert torch.allclose(reduced.double().cos(), angle.double().cos(), atol=2e-7)
     assert torch.allclose(reduced.double().sin(), angle.double().sin(), atol=2e-7)
+
+
+def test_the_sinusoid_is_nearer_than_float32_angles_allow() -> None:
+    from helios_ascend.sampler import _timestep_embedding
+
+    t = torch.rand(500, generator=torch.Generator().manual_seed(1)) * 999.0
+    oracle = op.get("timestep_embedding").fn(t.double(), dim=256)
+    ours, plain = _timestep_embedding(t, dim=256, period=1e4), op.get("timestep_embedding").fn(t, dim=256)
+    assert float((ours.double() - oracle).abs().max()) < 1e-6
+    assert float((plain.double() - oracle).abs().max()) > 1e-5
