@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-slow mutants kernels lint format example bench clean
+.PHONY: help setup demo test test-slow mutants kernels ascend lint format example bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -47,6 +47,13 @@ mutants: setup ## the conformance suite against wrong backends: each must be cau
 kernels: setup ## compile the CUDA kernels for every architecture, without a GPU, and write docs/kernels.md
 	$(BIN)/python tools/kernel_report.py --write
 
+ascend: setup ## the Ascend backend on torch_npu's schemas, against wrong uses of it, and the suite over its emulation
+	bash tools/ascend/setup.sh
+	OMP_NUM_THREADS=1 PYTHONPATH=tools/ascend $(BIN)/python tools/ascend/trace.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tools/ascend $(BIN)/python tools/ascend/mutants.py
+	$(PYTEST) -n $(WORKERS) tests/backends/ascend
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/helios certify --backend ascend:emulated --precision bf16 --precision fp32 --out out/ascend
+
 lint: setup ## ruff, mypy --strict, the floors, the sizes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,5 +78,5 @@ bench: setup ## speed on this CPU, side by side with diffusers
 	$(BIN)/python tools/bench.py --compiled --out out/bench.json
 
 clean: ## remove .venv and everything that was built or cached
-	rm -rf .venv build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .ascend build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -82,18 +82,20 @@ def _swapped(call: Call) -> Call:
     return {**call, "r1": call["r2"], "r2": call["r1"]}
 
 
+ROTATION, ADDED = ("npu_rotary_mul",), ("npu_add_layer_norm",)
+ROPE = ("rope", "qk_norm_rope")
 NORMS = ("adaln", "gated_add_adaln", "qk_norm_rope", "rms_norm", "layer_norm", "layer_norm_affine")
 MUTANTS = (
-    Mutant("rotation_of_halves", "half instead of interleave", ("npu_rotary_mul",), ("rope", "qk_norm_rope"), _with(rotary_mode="half")),
-    Mutant("cosine_for_sine", "r1 and r2 exchanged", ("npu_rotary_mul",), ("rope", "qk_norm_rope"), _swapped),
+    Mutant("rotation_of_halves", "half, not interleave", ROTATION, ROPE, _with(rotary_mode="half")),
+    Mutant("cosine_for_sine", "r1 and r2 exchanged", ROTATION, ROPE, _swapped),
     Mutant("mask_flipped", "a mask whose ones mean: attend", ATTENTION, ("attention",), _mask),
     Mutant("scale_of_one", "the scale left to its default", ATTENTION, ("attention",), _without("scale")),
     Mutant("other_layout", "the layout named the other way", ATTENTION, ("attention",), _layout),
     Mutant("heads_viewed_as_rows", "a view where a transpose belongs", ATTENTION, ("attention",), _merged),
-    Mutant("epsilon_of_add_layer_norm", "1e-5, its default", ("npu_add_layer_norm",), NORMS, _with(epsilon=1e-5), FLOAT32),
+    Mutant("epsilon_of_add_layer_norm", "1e-5, its default", ADDED, NORMS, _with(epsilon=1e-5), FLOAT32),
     Mutant("epsilon_of_rms_norm", "1e-5 instead of 1e-6", ("npu_rms_norm",), NORMS, _with(epsilon=1e-5)),
-    Mutant("sum_not_asked_for", "no additional_output", ("npu_add_layer_norm",), NORMS, _without("additional_output")),
-)  # fmt: skip
+    Mutant("sum_not_asked_for", "no additional_output", ADDED, NORMS, _without("additional_output")),
+)
 
 
 @contextlib.contextmanager
