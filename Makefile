@@ -52,7 +52,8 @@ ascend: setup ## the Ascend backend on torch_npu's schemas, against wrong uses o
 	OMP_NUM_THREADS=1 PYTHONPATH=tools/ascend $(BIN)/python tools/ascend/trace.py
 	OMP_NUM_THREADS=1 PYTHONPATH=tools/ascend $(BIN)/python tools/ascend/mutants.py
 	$(PYTEST) -n $(WORKERS) tests/backends/ascend
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/helios certify --backend ascend:emulated --precision bf16 --precision fp32 --out out/ascend
+	for precision in bf16 fp32; do OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
+		$(BIN)/helios certify --backend ascend:emulated --precision $$precision --out out/ascend-$$precision; done
 
 lint: setup ## ruff, mypy --strict, the floors, the sizes
 	$(BIN)/ruff check .
