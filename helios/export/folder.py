@@ -167,6 +167,9 @@ def _require_model(path: Path, told: Mapping[str, Any]) -> None:
 def _require_new(target: Path) -> None:
     if target.exists() or target.is_symlink():
         raise InputError(f"{target} exists already", "choose another --out, or remove it first")
+    file = next((folder for folder in target.parents if folder.is_file()), None)
+    if file is not None:
+        raise InputError(f"{target} cannot be made: {file} is a file", "choose an --out in a folder")
 
 
 def _weight_types(plan: Plan) -> dict[str, TensorType]:

@@ -269,6 +269,13 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(InputError, match=r"file is a file"):
+        export(tmp_path / "file" / "deep" / "out", [SMALL], Unread(), ABOUT)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_an_op_without_a_form_is_named_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedNode, match=r"(?s)quantize_rows.*to_q\.weight: bfloat16\[24,24\]") as raised:
         export(tmp_path / "out", [plan("fp8")], Unread(), ABOUT)
