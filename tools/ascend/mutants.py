@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from helios.backend import select
+from helios.backend import Kernel, select
 from helios_conformance import execute, references, suite
 from helios_conformance.case import Case
 from helios_conformance.draws import Root
@@ -45,6 +45,8 @@ class Mutant:
     ops: tuple[str, ...]
     change: Change
     precisions: tuple[str, ...] = ("bf16", "fp32")
+    operand: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Instead: what is done to the first operand of the kernel of the one op, before the kernel runs."""
 
 
 ATTENTION = ("npu_fused_infer_attention_score", "npu_fusion_attention", "npu_fusion_attention_v3")
@@ -84,6 +86,7 @@ def _swapped(call: Call) -> Call:
 
 ROTATION, ADDED = ("npu_rotary_mul",), ("npu_add_layer_norm",)
 ROPE = ("rope", "qk_norm_rope")
+TIME = ("timestep_embedding",)
 NORMS = ("adaln", "gated_add_adaln", "qk_norm_rope", "rms_norm", "layer_norm", "layer_norm_affine")
 MUTANTS = (
     Mutant("rotation_of_halves", "half, not interleave", ROTATION, ROPE, _with(rotary_mode="half")),
@@ -95,15 +98,19 @@ MUTANTS = (
     Mutant("epsilon_of_add_layer_norm", "1e-5, its default", ADDED, NORMS, _with(epsilon=1e-5), FLOAT32),
     Mutant("epsilon_of_rms_norm", "1e-5 instead of 1e-6", ("npu_rms_norm",), NORMS, _with(epsilon=1e-5)),
     Mutant("sum_not_asked_for", "no additional_output", ADDED, NORMS, _without("additional_output")),
+    Mutant("timestep_in_16_bits", "999 becomes 1000", (), TIME, dict, operand=lambda t: t.bfloat16().to(t.dtype)),
+    Mutant("timestep_as_integer", "its fraction is lost", (), TIME, dict, operand=lambda t: t.int().to(t.dtype)),
 )
 
 
 @contextlib.contextmanager
-def mistaken(mutant: Mutant) -> Iterator[list[str]]:
-    """Within, the operators are called wrongly; the list names those that were called at all."""
+def mistaken(mutant: Mutant, backend: Any) -> Iterator[list[str]]:
+    """Within, the operators, or a kernel, are called wrongly; the list names those that were called at all."""
     from npu_emulator.rules import OPERATORS
 
-    right, called = dict(OPERATORS), list[str]()
+    right, called, kernels = dict(OPERATORS), list[str](), backend.kernels
+    if mutant.operand is not None:
+        backend.__dict__["kernels"] = {**kernels, mutant.ops[0]: _wrapped(kernels[mutant.ops[0]], mutant, called)}
 
     def wrap(name: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -118,6 +125,16 @@ def mistaken(mutant: Mutant) -> Iterator[list[str]]:
         yield called
     finally:
         OPERATORS.update(right)
+        backend.__dict__["kernels"] = kernels
+
+
+def _wrapped(kernel: Kernel, mutant: Mutant, called: list[str]) -> Kernel:
+    def run(first: torch.Tensor, *rest: Any, **attrs: Any) -> Any:
+        called.append(mutant.ops[0])
+        assert mutant.operand is not None
+        return kernel.run(mutant.operand(first), *rest, **attrs)
+
+    return Kernel(run)
 
 
 def _state(case: Case, backend: Any, seed: int) -> tuple[str, str]:
@@ -132,7 +149,7 @@ def caught(mutant: Mutant, backend: Any, precision: str, seed: int = 0) -> tuple
         fits = case.params.get("op") in mutant.ops and case.check in ("op_values", "op_specials")
         if not fits or str(case.params.get("sample")) in LONG:
             continue
-        with mistaken(mutant) as called:
+        with mistaken(mutant, backend) as called:
             state, reason = _state(case, backend, seed)
         reached = reached or bool(called)
         if called and state != "pass" and _state(case, backend, seed)[0] == "pass":
