@@ -4,7 +4,7 @@
 #   tools/on_tensorrt.sh [engines|certify|speed|all] [--size tiny|mini|14b] [--tiny] [--budget SECONDS]
 #
 # engines: versions; builds of tiny, mini and 14b (random weights), transformer and VAE, both ways of holding weights.
-# certify: helios certify --backend trt, ops, blocks and model, in bf16, fp16 and fp32, and helios verify.
+# certify: helios certify --backend trt, ops, blocks, model and pipeline, in bf16, fp16 and fp32, and helios verify.
 # speed: first and steady chunks, the forwards, the VAE and the memory, both ways of holding weights, beside cuda.
 # Results go to ${OUT:-out/tensorrt}; a short table comes last. What is finished is not taken again: repeat the command.
 # Engines are kept in $XDG_CACHE_HOME/helios/trt; 14b needs some 60 GB of disk and of host memory (a prediction).

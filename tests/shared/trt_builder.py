@@ -2,12 +2,16 @@
 ``HOME SECONDS DEVICE NAME``; importing torch anew for each would take longer than all builds.
 
 A process writes ``NAME.out``, how many engines it built, into ``HOME``, and what it was told on the way to
-``NAME.err``; where it fails its traceback is there.
+``NAME.err``; where it fails its traceback is there. When this one ends, at the end of its input or otherwise, so do
+all that it forked.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -44,7 +48,11 @@ def build() -> int:
         return sum(call == "Builder.build_serialized_network" for call, _ in strict.calls)
 
 
+PR_SET_PDEATHSIG = 1
+
+
 def child(home: str, seconds: str, name: str) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ |= {"XDG_CACHE_HOME": home, trt_acts.STEP: seconds}
     sys.stderr = (Path(home) / f"{name}.err").open("w", buffering=1)
     try:
@@ -58,12 +66,20 @@ def child(home: str, seconds: str, name: str) -> None:
 def main() -> None:
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            child(*line.split())
-        sys.stdout.write(f"{pid}\n")
-        sys.stdout.flush()
+    forked = []
+    try:
+        for line in sys.stdin:
+            pid = os.fork()
+            if pid == 0:
+                child(*line.split())
+            forked.append(pid)
+            sys.stdout.write(f"{pid}\n")
+            sys.stdout.flush()
+    finally:
+        for pid in forked:  # none was waited for, so none of these numbers is another's by now
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The conformance suite on engines: ops, blocks and model in three precisions, both ways of holding weights; verified.
+"""The conformance suite on engines: all levels to pipeline, three precisions, both ways of holding weights; verified.
 
 tools/on_tensorrt.sh certify [--tiny]
 """
@@ -32,11 +32,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _items(args: argparse.Namespace, clock: Clock, folder: Path) -> Iterator[Item]:
     for precision, way in RUNS[-1:] if args.tiny else RUNS:
-        options = ["--precision", precision, "--suite", "full", "--level", "model"]
+        options = ["--precision", precision, "--suite", "full", "--level", "pipeline"]
         # The last of two --backend counts: this one.
         given = ["--backend", f"trt:{way}", *(TINY if args.tiny else options)]
         run = functools.partial(certified.certify, args, clock, folder / f"{precision}-{way}", given)
-        yield Item(f"certify/{way}/{precision}", "ops, blocks, model", way, precision, run, 5.0)
+        yield Item(f"certify/{way}/{precision}", "ops, blocks, model, pipeline", way, precision, run, 5.0)
 
 
 def report(records: Sequence[Record]) -> Iterator[str]:

@@ -82,6 +82,7 @@ def serialized(
         UnsupportedNode: TensorRT's parser does not take the model; says which node and why.
         BackendError: the build failed; says what TensorRT logged.
     """
+    log.clear()
     builder = library.started(lambda: module.Builder(log), "builder", log)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(module, log, network, onnx, unit)
@@ -94,6 +95,7 @@ def serialized(
     timings.load(config)
     watch = progress.monitor(module, unit.name, line)
     config.progress_monitor = watch
+    log.clear()  # a timing cache that was refused is no reason
     made = builder.build_serialized_network(network, config)
     if watch.stopped is not None:
         raise watch.stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,9 +13,7 @@ from helios.cli.options import (
     BackendOptionsOption,
     HeightOption,
     JsonOption,
-    PrecisionOption,
     VaePrecisionOption,
-    VariantOption,
     WidthOption,
     backend_options,
 )
@@ -41,6 +40,13 @@ ModelOption = Annotated[
 RandomSizeOption = Annotated[
     str | None, typer.Option(metavar="tiny|mini|14b", help="Instead of a model: random weights.", show_default=False)
 ]
+OwnVariantOption = Annotated[
+    str | None,
+    typer.Option(metavar="base|mid|distilled", help="Way to sample.", show_default="the model's, or distilled"),
+]
+EnginePrecisionOption = Annotated[
+    str | None, typer.Option(metavar="bf16|fp16|fp32", help="Of the arithmetic.", show_default="bf16")
+]
 IndexOption = Annotated[int, typer.Option(metavar="N", help="Of the GPU.")]
 EntryArgument = Annotated[str, typer.Argument(metavar="ENTRY", help="Its name, how that begins, or its file.")]
 
@@ -49,11 +55,11 @@ EntryArgument = Annotated[str, typer.Argument(metavar="ENTRY", help="Its name, h
 def build(
     model: ModelOption = None,
     size: RandomSizeOption = None,
-    variant: VariantOption | None = None,
+    variant: OwnVariantOption = None,
     height: HeightOption = 384,
     width: WidthOption = 640,
     batch: Annotated[int, typer.Option(metavar="N", help="Videos that run together.")] = 1,
-    precision: PrecisionOption = None,
+    precision: EnginePrecisionOption = None,
     vae_precision: VaePrecisionOption = None,
     index: IndexOption = 0,
     backend_option: BackendOptionsOption = None,
@@ -136,6 +142,7 @@ def list_entries(json: JsonOption = False) -> None:
 def inspect(
     entry: EntryArgument,
     all_layers: Annotated[bool, typer.Option("--layers", help="Every layer, not only kinds of them.")] = False,
+    index: IndexOption = 0,
     json: JsonOption = False,
 ) -> None:
     """Show an engine's layers: what is fused, in which types they compute, by which kernels.
@@ -145,7 +152,10 @@ def inspect(
     from helios_trt import inspector, library
 
     found = _store().named(entry)
-    told = inspector.information(library.tensorrt(), found.path)
+    backend, module = _backend(index, {}), library.tensorrt()
+    _require_here(found, module.__version__, backend.machine.identity())
+    with backend.machine.queue():  # which makes the device current
+        told = inspector.information(module, found.path)
     if json:
         output.print_json({"entry": _data(found), "engine": told})
         return
@@ -158,6 +168,22 @@ def inspect(
         output.heading("Every layer")
         rows = [(layer.name, ", ".join(layer.types), len(layer.nodes), layer.kernel) for layer in layers]
         output.table(["layer", "types", "nodes", "kernel"], rows, right=["nodes"])
+
+
+def _require_here(entry: Entry, version: str, device: Mapping[str, str]) -> None:
+    """Raises InputError where an engine was built for another TensorRT or GPU: it is good, and of no use here.
+
+    The driver is not compared: an engine may well load with another one.
+    """
+    from helios_trt.store import differs
+
+    here = {"tensorrt": version, "device": {key: device[key] for key in ("name", "capability")}}
+    if differs(entry.facts["environment"], here):
+        place = f"TensorRT {version} on {device['name']}, sm {device['capability']}"
+        raise InputError(
+            f"the engine {entry.name} was built {_place(entry)[0].lower()}{_place(entry)[1:]}; here is {place}",
+            "inspect it on such a machine, or name another: helios trt list",
+        )
 
 
 def _store() -> Store:

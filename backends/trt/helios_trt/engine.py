@@ -37,6 +37,7 @@ class Engine:
 
     def __init__(self, module: Any, log: Any, path: Path, unit: Unit, names: Sequence[str], machine: Machine) -> None:
         self.unit, self._module, self._log, self._machine = unit, module, log, machine
+        log.clear()
         self._runtime = library.started(lambda: module.Runtime(log), "runtime", log)
         self._engine = deserialized(self._runtime, path, log)
         self._outputs = tuple(names)
@@ -78,6 +79,7 @@ class Engine:
             arena: bytes on the device, at least the largest of ``workspace``, which contexts of many engines may share
                 as long as they run one after another; ``None`` gives each context memory of its own.
         """
+        self._log.clear()
         strategies = self._module.ExecutionContextAllocationStrategy
         with self._machine.queue() as stream:
             for at in self._profiles():
@@ -102,6 +104,7 @@ class Engine:
             inputs: what ``Unit.inputs`` names, in that order, on the device, of any strides.
         """
         graph, context = self.unit.graphs[at], self._contexts[at]
+        self._log.clear()
         given = [self._machine.plain(tensor) for tensor in inputs]
         made = [self._machine.empty(value.shape, value.dtype) for _, value in graph.outputs]
         first = self.unit.graphs[0]
@@ -126,9 +129,18 @@ class Engine:
 
 
 def deserialized(runtime: Any, path: Path, log: Any) -> Any:
-    """The engine of a file, which is mapped and not read into memory first."""
+    """The engine of a file, which is mapped and not read into memory first.
+
+    Raises:
+        BackendError: the file is empty, or TensorRT does not take it.
+    """
+    if not path.stat().st_size:  # which cannot be mapped
+        raise BackendError(f"the engine {path} is empty", f"remove it: rm {path}; it is built anew when it is needed")
+    log.clear()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        raise BackendError(f"TensorRT does not take {path}: {log.last('it says not why')}", f"remove it: rm {path}")
+        # Only the file itself is a reason to remove it: a full device refuses every engine.
+        fix = "close what else uses the GPU" if log.memory else f"remove it: rm {path}; it is built anew when needed"
+        raise BackendError(f"TensorRT does not take {path}: {log.last('it says not why')}", fix)
     return engine

@@ -19,7 +19,7 @@ from helios_trt.engine import Engine
 from helios_trt.machine import Machine
 from helios_trt.model import Written, digest_of, written
 from helios_trt.progress import Line
-from helios_trt.room import failing
+from helios_trt.room import failing, gigabytes
 from helios_trt.store import Entry, Store
 from helios_trt.units import Unit
 
@@ -123,7 +123,7 @@ class Engines:
         try:
             return self._engine(self.store.use(wanted.name), wanted)
         except BackendError as error:
-            if "memory" in error.why:
+            if self.log.memory:
                 raise  # a full device refuses every engine
             # Its bytes are those that were built, but this TensorRT does not take them: once more, and then it is told.
             self.line.say(f"{wanted.name} is built anew: {error.why}")
@@ -176,6 +176,12 @@ class Engines:
                 "seconds": round(time.monotonic() - began, 1),
             }
             self.store.put(wanted.name, part, facts)
+        over = self.store.excess()
+        if over:
+            self.line.say(
+                f"all engines take {gigabytes(over)} more than HELIOS_TRT_BUDGET, {gigabytes(self.store.budget)}: "
+                "those in use are not removed"
+            )
         self.line.say(f"built {wanted.name}: {size / 1e6:.1f} MB in {time.monotonic() - began:.0f} s")
         return self.store.use(wanted.name)
 

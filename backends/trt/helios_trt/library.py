@@ -31,7 +31,7 @@ ATTENTION_FROM = (10, 14)
 """The first whose parser takes Attention of ONNX opset 23; of each op of that opset the parser itself is asked."""
 
 OPSET_23 = ("Attention", "RMSNormalization", "RotaryEmbedding")
-"""Ops that graphs in opset 23 are written in, and graphs in opset 20 are not."""
+"""Ops that graphs in opset 23 are written in, and graphs in opset 22 are not."""
 
 
 def tensorrt() -> Any:
@@ -102,6 +102,7 @@ def lacking(module: Any, log: Any) -> tuple[str, ...]:
     """
     if version(module) < ATTENTION_FROM:
         return OPSET_23
+    log.clear()
     builder = started(lambda: module.Builder(log), "builder", log)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = started(lambda: module.OnnxParser(network, log), "parser", log)
@@ -132,9 +133,18 @@ def logger(module: Any) -> Any:
             if severity in (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(" ".join(msg.split()))
 
+        def clear(self) -> None:
+            """Forget what went wrong, before something else begins: ``last`` and ``memory`` tell of that alone."""
+            self.errors.clear()
+
         def last(self, otherwise: str) -> str:
             """The last thing that went wrong, in one line."""
             return self.errors[-1] if self.errors else otherwise
+
+        @property
+        def memory(self) -> bool:
+            """Whether memory went short."""
+            return any("memory" in error.lower() for error in self.errors)
 
     return Log()
 

@@ -24,7 +24,7 @@ from helios.errors import InputError, StorageError
 from helios_trt import locks
 from helios_trt.room import budget_bytes, failing, gigabytes, require_room
 
-__all__ = ["FORMAT", "Entry", "Store", "cache_folder"]
+__all__ = ["FORMAT", "Entry", "Store", "cache_folder", "differs"]
 
 FORMAT = "helios-trt-1"
 _PIECE = 1 << 24
@@ -83,19 +83,22 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """All of them that have their JSON, the one that was not used for the longest time first."""
-        found = [(e.path.with_suffix(".json").stat().st_mtime, e) for e in map(self.entry, self._names()) if e]
+        found = []
+        for entry in filter(None, map(self.entry, self._names())):
+            with contextlib.suppress(OSError):  # another process may just have removed it
+                found.append((entry.path.with_suffix(".json").stat().st_mtime, entry))
         return [e for _, e in sorted(found, key=lambda pair: pair[0])]
 
     def _names(self) -> list[str]:
         return sorted(path.stem for path in self.folder.glob("*.json"))
 
     def entry(self, name: str) -> Entry | None:
-        """As its JSON says it is; nothing is checked."""
+        """As its JSON says it is, ``None`` where that is damaged or of something else; the engine is not looked at."""
         try:
             facts = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            return Entry(self.path(name), facts) if facts["format"] == FORMAT and facts["bytes"] >= 0 else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, RecursionError):
             return None
+        return Entry(self.path(name), facts) if _whole(facts) else None
 
     def named(self, text: str) -> Entry:
         """The one entry whose name or path begins so.
@@ -124,7 +127,7 @@ class Store:
         if entry is None or not path.exists():
             return "it is not whole"
         if entry.facts.get("environment") != json.loads(json.dumps(environment)):
-            return "it was built for something else: " + _differs(entry.facts.get("environment"), environment)
+            return "it was built for something else: " + differs(entry.facts.get("environment"), environment)
         if path.stat().st_size != entry.nbytes or _sha256(path) != entry.facts.get("sha256"):
             return "its bytes are not those that were built"
         return None
@@ -132,7 +135,7 @@ class Store:
     def others(self, name: str, environment: Mapping[str, Any]) -> str:
         """Of which other device or version there is an engine of the same graphs; empty where there is none."""
         same = [e for e in self.entries() if e.facts.get("environment", {}).get("model") == environment["model"]]
-        return _differs(same[-1].facts["environment"], environment) if same else ""
+        return differs(same[-1].facts["environment"], environment) if same else ""
 
     def hold(self, name: str) -> None:
         """Keep an entry from being removed until the process ends, or this object does."""
@@ -196,10 +199,14 @@ class Store:
         return Entry(path, known)
 
     def make_room(self, size: int, keep: str = "") -> list[str]:
-        """Remove entries, the longest unused first, until ``size`` bytes fit the budget; never one that is in use.
+        """Remove entries, the longest unused first, until ``size`` bytes fit the budget; never one that is in use, so
+        that all together may still be more: see ``excess``.
+
+        Returns:
+            Names of what is gone.
 
         Raises:
-            StorageError: it cannot fit.
+            StorageError: ``size`` alone is more than the budget.
         """
         if size > self.budget:
             raise StorageError(
@@ -217,6 +224,10 @@ class Store:
                 gone.append(entry.name)
         return gone
 
+    def excess(self) -> int:
+        """Bytes that all entries take beyond the budget, 0 where they are within it."""
+        return max(0, sum(entry.nbytes for entry in self.entries()) - self.budget)
+
     def remove(self, entry: Entry) -> bool:
         """Whether it is gone: an entry that somebody uses stays."""
         with locks.exclusive(self._lock(entry.name, "use"), wait=False) as mine:
@@ -226,7 +237,11 @@ class Store:
             return mine
 
     def clean(self) -> list[str]:
-        """Remove what builds left behind that were killed; the names of their entries."""
+        """Remove what processes left behind that were killed; the names of the entries it was of.
+
+        That is the folders of builds, and engines without their JSON, as there are where a process ended between the
+        two renames of ``put`` or within ``remove``: nothing would ever count, use or remove them.
+        """
         gone = []
         for left in sorted((self.folder / "building").glob("*.*")):
             name = left.name.rpartition(".")[0]
@@ -234,18 +249,44 @@ class Store:
                 if mine:
                     shutil.rmtree(left, ignore_errors=True)
                     gone.append(name)
-        return gone
+        return gone + [path.stem for path in sorted(self.folder.glob("*.engine")) if self._orphan_removed(path)]
+
+    def _orphan_removed(self, path: Path) -> bool:
+        """Whether this was an engine without its JSON that nobody is about to finish or uses, and is gone."""
+        if path.with_suffix(".json").exists():
+            return False
+        with self.turn(path.stem, wait=False) as mine:  # whoever puts an entry has its turn: look again within
+            return mine and not path.with_suffix(".json").exists() and self.remove(Entry(path, {}))
 
     def _lock(self, name: str, what: str) -> Path:
         return self.folder / "locks" / f"{name}.{what}"
 
 
-def _differs(found: Any, wanted: Mapping[str, Any], under: str = "") -> str:
-    """The first thing in which two environments differ."""
+def _whole(facts: Any) -> bool:
+    """Whether a JSON has all that is read of an entry without being looked at again."""
+    if not isinstance(facts, Mapping) or facts.get("format") != FORMAT:
+        return False
+    environment = facts.get("environment")
+    if not isinstance(environment, Mapping) or "tensorrt" not in environment:
+        return False
+    device = environment.get("device")
+    if not isinstance(device, Mapping) or not {"name", "capability"} <= set(device):
+        return False
+    kinds = {"bytes": int, "seconds": int | float, "sha256": str, "graphs": Mapping}
+    return all(isinstance(facts.get(key), kind) for key, kind in kinds.items()) and facts["bytes"] >= 0
+
+
+def differs(found: Any, wanted: Mapping[str, Any], under: str = "") -> str:
+    """The first thing in which two environments differ, in words; empty where they do not.
+
+    Args:
+        found: of an engine.
+        wanted: here; what it does not have is not compared.
+    """
     found = found if isinstance(found, Mapping) else {}
     for key, value in wanted.items():
         if isinstance(value, Mapping):
-            inner = _differs(found.get(key), value, f"{under}{key} ")
+            inner = differs(found.get(key), value, f"{under}{key} ")
             if inner:
                 return inner
         elif found.get(key) != value:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from trt_process import ran as ended
 from trt_rig import EMULATED
 
 ROOT = Path(__file__).parents[3]
@@ -25,7 +26,7 @@ def run(out: Path, *arguments: str, recorded: bool = True) -> subprocess.Complet
         "OMP_NUM_THREADS": "1",
     }
     command = ["bash", str(ROOT / "tools" / "on_tensorrt.sh"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return ended(command, environment, 300)
 
 
 def records(out: Path, part: str) -> dict[str, dict[str, object]]:
@@ -73,3 +74,22 @@ def test_unknown_part_is_told(tmp_path: Path) -> None:
     ran = run(tmp_path, "everything")
     assert ran.returncode == 2
     assert "no part is called everything" in ran.stderr
+
+
+def test_the_suite_is_taken_up_to_the_pipeline(tmp_path: Path) -> None:
+    """Whole, in each precision and way; asked of the script itself, with the suite's command replaced."""
+    code = """
+import sys, types, certified, trt_certify
+given = []
+certified.certify = lambda args, clock, folder, options: given.append(options)
+for item in trt_certify._items(types.SimpleNamespace(tiny=False), None, __import__("pathlib").Path(".")):
+    item.run()
+print(*(" ".join(options) for options in given), sep="\\n")
+"""
+    paths = [ROOT / "tools" / "trt", ROOT / "tools" / "gpu"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    told = ended([sys.executable, "-c", code], environment, 120)
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    assert len(lines) == 6
+    assert all("--suite full --level pipeline" in line for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -53,18 +54,40 @@ class Process:
         return int(self._out.read_text())
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[subprocess.Popen[str]]:
+@contextlib.contextmanager
+def builder() -> Iterator[subprocess.Popen[str]]:
+    """The one that forks; it and all that it forked are gone afterwards."""
     environment = {**os.environ, "PYTHONPATH": str(SHARED), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SHARED / "trt_builder.py")]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdin is not None
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdin is not None
+    try:
         assert process.stdout.readline() == "ready\n"
         yield process
-        process.stdin.close()
+    finally:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[subprocess.Popen[str]]:
+    with builder() as process:
+        yield process
+
+
+def fork(forks: subprocess.Popen[str], home: Path, seconds: float, name: str) -> Process:
+    assert forks.stdin is not None
+    assert forks.stdout is not None
+    forks.stdin.write(f"{home} {seconds} {name}\n")
+    forks.stdin.flush()
+    return Process(int(forks.stdout.readline()), home, name)
 
 
 @pytest.fixture
@@ -76,11 +99,7 @@ def begin(
     made = []
 
     def begun(name: str, seconds: float) -> Process:
-        assert forks.stdin is not None
-        assert forks.stdout is not None
-        forks.stdin.write(f"{tmp_path} {seconds} {name}\n")
-        forks.stdin.flush()
-        made.append(Process(int(forks.stdout.readline()), tmp_path, name))
+        made.append(fork(forks, tmp_path, seconds, name))
         return made[-1]
 
     yield begun
@@ -150,3 +169,16 @@ def test_interrupt_ends_a_build_and_leaves_nothing(begin: Callable[[str, float],
     assert "KeyboardInterrupt" in first.said
     assert not list((cache_folder() / "building").iterdir())
     assert engines() == 0
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_no_build_outlives_the_one_that_began_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool) -> None:
+    """At the end of its input, as when these tests are killed, and when it is killed itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with builder() as forks:
+        left = fork(forks, tmp_path, 60, "left")
+        until(building, "no build begins")
+        assert left.alive
+        if killed:
+            forks.kill()
+    until(lambda: not left.alive, "the build goes on")

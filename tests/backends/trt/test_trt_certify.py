@@ -4,11 +4,11 @@ certificate."""
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from trt_process import ran
 
 IN_PLACE = Path(__file__).parents[2] / "shared" / "trt_in_place"
 
@@ -25,14 +25,14 @@ def test_quick_suite_passes_in_float32_and_certifies_nothing(tmp_path: Path, ver
     }
     certify = ["certify", "--backend", backend, "--precision", "fp32", "--level", "pipeline"]
     command = [sys.executable, "-m", "helios", *certify, "--out", str(tmp_path / "bundle")]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
-    said = " ".join((ran.stdout + ran.stderr).split())
-    assert ran.returncode == 0, said + ran.stderr[-2000:]
+    certified = ran(command, environment, 900)
+    said = " ".join((certified.stdout + certified.stderr).split())
+    assert certified.returncode == 0, said + certified.stderr[-2000:]
     refused = "conv3d[fp32,causal,step_weights], patch_embed[fp32,noisy,step_weights]"  # kernels that are inputs
     assert f"ops: fail: 2 of 507 unsupported: {refused}; diagnostic for an engine" in said
     assert "pipeline: 17 passed" in said
     assert "levels blocks, model and pipeline" in said
     assert "passed, which is not a certification" in said
     verify = [sys.executable, "-m", "helios", "verify", str(tmp_path / "bundle")]
-    judged = subprocess.run(verify, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    judged = ran(verify, environment, 300)
     assert "nothing emulated is evidence" in " ".join((judged.stdout + judged.stderr).split())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +63,75 @@ def test_inspect_shows_layers(version: int, capsys: pytest.CaptureFixture[str]) 
     out = " ".join(capsys.readouterr().out.split())
     assert "kind types layers ONNX nodes in them kgen FP32" in out
     assert "__my_" in out
+
+
+@pytest.fixture
+def copied(version: int, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Path:
+    """An engine in a folder of its own, with its JSON."""
+    made = asked(capsys, "build", *SMALL)["engines"]
+    path = Path(next(engine["path"] for engine in made if engine["name"] == "shrink"))
+    for file in (path, path.with_suffix(".json")):
+        shutil.copy(file, tmp_path)
+    return tmp_path / path.name
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value", "said"),
+    [
+        ("environment", "tensorrt", "9.9.9", "was built for TensorRT 9.9.9 on device 0, sm 0.0; here is TensorRT 1"),
+        ("device", "name", "another GPU", "on another GPU, sm 0.0; here is"),
+        ("device", "capability", "9.9", "on device 0, sm 9.9; here is"),
+    ],
+)
+def test_inspect_of_an_engine_for_elsewhere_says_so_and_leaves_it(
+    copied: Path, capsys: pytest.CaptureFixture[str], where: str, key: str, value: str, said: str
+) -> None:
+    beside = copied.with_suffix(".json")
+    facts = json.loads(beside.read_text())
+    (facts["environment"] if where == "environment" else facts["environment"]["device"])[key] = value
+    beside.write_text(json.dumps(facts))
+    assert main(["trt", "inspect", str(copied)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert said in error
+    assert "rm " not in error
+
+
+def test_inspect_of_an_engine_built_under_another_driver(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which may load all the same."""
+    beside = copied.with_suffix(".json")
+    beside.write_text(beside.read_text().replace('"driver": "0.0"', '"driver": "1.0"'))
+    assert json.loads(beside.read_text())["environment"]["device"]["driver"] == "1.0"
+    assert asked(capsys, "inspect", str(copied))["engine"]["Layers"]
+
+
+def test_inspect_of_an_empty_file(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copied.write_bytes(b"")
+    assert main(["trt", "inspect", str(copied)]) != 0
+    error = capsys.readouterr().err
+    assert "is empty" in error
+    assert "mmap" not in error
+    assert "Traceback" not in error
+
+
+def test_list_passes_over_json_of_something_else(version: int, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = asked(capsys, "list")["engines"]
+    cache.mkdir(parents=True, exist_ok=True)
+    stranger = cache / "stranger-0.json"
+    stranger.write_text('{"format": "helios-trt-1", "bytes": 1}')
+    try:
+        assert main(["trt", "list"]) == 0
+        assert "stranger" not in capsys.readouterr().out
+        assert asked(capsys, "list")["engines"] == before
+    finally:
+        stranger.unlink()
+
+
+def test_help_offers_what_engines_have(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trt", "build", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "|".join(RecordedTrt.precisions) in out
+    assert "fp8" not in out
+    assert "Way to sample." in out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -16,7 +17,7 @@ import trt_acts
 from trt_rig import HostMachine, recorded
 from trt_strict import Strict
 
-from helios.errors import BackendError, InputError, StorageError
+from helios.errors import BackendError, HeliosError, InputError, StorageError
 from helios.graph import Builder, Rate
 from helios.ops.linear import linear
 from helios.passes import build_plan
@@ -149,7 +150,6 @@ def cut(path: Path) -> None:
         (damage, "its bytes are not those that were built"),
         (cut, "its bytes are not those that were built"),
         (Path.unlink, "it is not whole"),
-        (lambda path: path.with_suffix(".json").unlink(), "it is not whole"),
         (lambda path: path.with_suffix(".json").write_text("{"), "it is not whole"),
     ],
 )
@@ -164,6 +164,95 @@ def test_damaged_entry_is_built_anew(
     (line,) = [line for line in told.getvalue().splitlines() if "anew" in line]
     assert reason in line
     assert only(tmp_path).read_bytes() == before
+
+
+FACTS = {
+    "format": "helios-trt-1",
+    "environment": {"model": "", "tensorrt": "11.4.0.106", "device": {"name": "a GPU", "capability": "9.0"}},
+    "graphs": {"other": ""},
+    "bytes": 0,
+    "seconds": 1.5,
+    "sha256": "",
+}
+
+
+def test_entry_is_what_its_json_says(tmp_path: Path) -> None:
+    (tmp_path / "other-0.json").write_text(json.dumps(FACTS))
+    assert [entry.name for entry in Store(tmp_path).entries()] == ["other-0"]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        [],
+        {**FACTS, "environment": None},
+        {**FACTS, "environment": {**FACTS["environment"], "device": None}},  # type: ignore[dict-item]
+        {**FACTS, "environment": {**FACTS["environment"], "device": {}}},  # type: ignore[dict-item]
+        {**FACTS, "bytes": "many"},
+        *({key: value for key, value in FACTS.items() if key != left_out} for left_out in FACTS),
+    ],
+)
+def test_foreign_json_in_the_folder_is_passed_over(make: Any, tmp_path: Path, facts: Any) -> None:
+    (tmp_path / "other-0.json").write_text(json.dumps(facts))
+    opened(make(), unit(), Weights(1))
+    assert [entry.name for entry in Store(tmp_path).entries()] == [only(tmp_path).stem]
+
+
+def test_entry_that_is_removed_while_all_are_listed(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(make(), unit(), Weights(1))
+    opened(make(), unit(), Weights(2))
+    first, second = sorted(path.stem for path in tmp_path.glob("*.json"))
+    true = Store.entry
+
+    def evicted(self: Store, name: str) -> Any:
+        found = true(self, name)
+        if name == first:
+            (tmp_path / f"{name}.json").unlink()
+        return found
+
+    monkeypatch.setattr(Store, "entry", evicted)
+    assert [entry.name for entry in Store(tmp_path).entries()] == [second]
+
+
+def test_engine_whose_json_was_never_written_is_removed_at_the_next_start(
+    make: Any, strict: Strict, tmp_path: Path
+) -> None:
+    """A process was killed between two renames, or while it removed the entry: nothing counts such a file."""
+    opened(make(), unit(), Weights(1))
+    orphan = only(tmp_path)
+    orphan.with_suffix(".json").unlink()
+    opened(make(), unit(), Weights(2))
+    assert not orphan.exists()
+    assert only(tmp_path).with_suffix(".json").exists()
+    assert builds(strict) == 2
+
+
+@pytest.mark.parametrize("doing", ["use", "build"])
+def test_engine_without_json_stays_while_somebody_has_it(tmp_path: Path, doing: str) -> None:
+    tmp_path.joinpath("x-0.engine").touch()
+    other = Store(tmp_path)
+    with other.turn("x-0") if doing == "build" else contextlib.nullcontext():
+        if doing == "use":
+            other.hold("x-0")
+        assert Store(tmp_path).clean() == []
+        assert only(tmp_path).stem == "x-0"
+    del other
+    assert Store(tmp_path).clean() == ["x-0"]
+    assert not list(tmp_path.glob("*.engine"))
+
+
+def test_engine_that_gets_its_json_before_its_turn_comes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process puts it between the first look and the lock."""
+    tmp_path.joinpath("x-0.engine").touch()
+    true = Store.turn
+
+    def turn(self: Store, name: str, *, wait: bool = True) -> Any:
+        (tmp_path / "x-0.json").write_text(json.dumps(FACTS))
+        return true(self, name, wait=wait)
+
+    monkeypatch.setattr(Store, "turn", turn)
+    assert Store(tmp_path).clean() == []
+    assert only(tmp_path).with_suffix(".json").exists()
 
 
 def test_foreign_entry_under_this_name_is_built_anew(make: Any, strict: Strict, tmp_path: Path, told: StringIO) -> None:
@@ -270,16 +359,20 @@ def test_budget_removes_the_longest_unused_first(make: Any, tmp_path: Path) -> N
     assert len(list(tmp_path.glob("*.engine"))) == 2
 
 
-def test_budget_keeps_what_is_in_use(make: Any, tmp_path: Path) -> None:
+def test_budget_keeps_what_is_in_use_and_says_so(make: Any, tmp_path: Path, told: StringIO) -> None:
     size = sized(make, tmp_path)
     first = only(tmp_path)
     using = make()
     opened(using, unit(), Weights(1))
+    assert "HELIOS_TRT_BUDGET" not in told.getvalue()
     opened(make(budget=int(1.5 * size)), unit(), Weights(2))
     assert first.exists()
+    (line,) = [line for line in told.getvalue().splitlines() if "HELIOS_TRT_BUDGET" in line]
+    assert "those in use are not removed" in line
     del using
     opened(make(budget=int(1.5 * size)), unit(), Weights(3))
     assert not first.exists()
+    assert told.getvalue().count("HELIOS_TRT_BUDGET") == 1
 
 
 def test_engine_larger_than_the_budget_is_refused(make: Any, tmp_path: Path) -> None:
@@ -343,9 +436,41 @@ def test_full_device_is_told_and_nothing_is_built_anew(
         self._logger.log(strict.module.ILogger.Severity.ERROR, "Cuda Runtime (out of memory)")
 
     monkeypatch.setattr(trt_acts.Runtime, "_do_deserialize_cuda_engine", full)
-    with pytest.raises(BackendError, match="out of memory"):
+    with pytest.raises(BackendError, match="out of memory") as caught:
         opened(make(), unit(), Weights(1))
+    assert "rm " not in caught.value.fix
     assert builds(strict) == 1
+
+
+def test_folder_called_memory_is_no_reason(
+    strict: Strict, tmp_path: Path, told: StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "memory"
+    opened(Engines(HostMachine(), Store(folder), Settings(), Line(told)), unit(), Weights(1))
+    monkeypatch.setattr(trt_acts.Runtime, "_do_deserialize_cuda_engine", lambda self, serialized_engine: None)
+    with pytest.raises(BackendError, match="does not take") as caught:
+        opened(Engines(HostMachine(), Store(folder), Settings(), Line(told)), unit(), Weights(1))
+    assert caught.value.fix.startswith("remove it: rm ")
+    assert builds(strict) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "fails"),
+    [
+        (trt_acts.OnnxParser, "_do_parse_from_file", lambda self, model: False),
+        (trt_acts.Builder, "_do_build_serialized_network", lambda self, network, config: None),
+        (trt_acts.Runtime, "_do_deserialize_cuda_engine", lambda self, serialized_engine: None),
+    ],
+)
+def test_what_went_wrong_before_is_no_reason(
+    make: Any, strict: Strict, monkeypatch: pytest.MonkeyPatch, kind: type, what: str, fails: Any
+) -> None:
+    engines = make()
+    engines.wanted(unit(), Weights(1))  # the parser was asked what it takes
+    engines.log.log(strict.module.ILogger.Severity.ERROR, "an older error")
+    monkeypatch.setattr(kind, what, fails)
+    with pytest.raises(HeliosError, match="it says not why"):
+        opened(engines, unit(), Weights(1))
 
 
 def test_engine_that_stays_refused_is_told(make: Any, strict: Strict, monkeypatch: pytest.MonkeyPatch) -> None:
