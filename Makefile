@@ -49,8 +49,8 @@ kernels: setup ## compile the CUDA kernels for every architecture, without a GPU
 
 ascend: setup ## the Ascend backend on torch_npu's schemas, against wrong uses of it, and the suite over its emulation
 	bash tools/ascend/setup.sh
-	OMP_NUM_THREADS=1 PYTHONPATH=tools/ascend $(BIN)/python tools/ascend/trace.py
-	OMP_NUM_THREADS=1 PYTHONPATH=tools/ascend $(BIN)/python tools/ascend/mutants.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tools/ascend $(BIN)/python tools/ascend/trace_kernels.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tools/ascend $(BIN)/python tools/ascend/wrong_uses.py
 	$(PYTEST) -n $(WORKERS) tests/backends/ascend
 	for precision in bf16 fp32; do OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
 		$(BIN)/helios certify --backend ascend:emulated --precision $$precision --out out/ascend-$$precision; done

@@ -74,10 +74,10 @@ def test_what_is_not_documented_is_refused() -> None:
 
 
 def test_wrong_uses_of_operators_are_caught() -> None:
-    said = told("tools/ascend/mutants.py", "rotation_of_halves", "scale_of_one", "mask_flipped", "--precision", "bf16")
+    said = told("tools/ascend/wrong_uses.py", "rotation_of_halves", "scale_of_one", "mask_flipped", "--precision", "bf16")
     assert "0 survived" in said
 
 
 @pytest.mark.slow
 def test_every_wrong_use_is_caught() -> None:
-    assert "0 survived" in told("tools/ascend/mutants.py")
+    assert "0 survived" in told("tools/ascend/wrong_uses.py")

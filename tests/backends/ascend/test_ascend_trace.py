@@ -20,7 +20,7 @@ CALLS = {
 
 
 def test_every_kernel_keeps_schemas_shapes_and_the_list(tmp_path: Path) -> None:
-    said = told("tools/ascend/trace.py", "--json", str(tmp_path / "launched.json"))
+    said = told("tools/ascend/trace_kernels.py", "--json", str(tmp_path / "launched.json"))
     assert ", 0 wrong" in said
     launched = json.loads((tmp_path / "launched.json").read_text())
     assert "npu::npu_rms_norm" in launched["qk_norm_rope[bf16,stage2]"]

@@ -15,7 +15,7 @@ from helios.backend import Kernel
 from helios_ascend import AscendBackend
 
 load()
-path = Path(__file__).parents[3] / "tools" / "ascend" / "trace.py"
+path = Path(__file__).parents[3] / "tools" / "ascend" / "trace_kernels.py"
 spec = importlib.util.spec_from_file_location("ascend_trace", path)
 assert spec is not None
 assert spec.loader is not None

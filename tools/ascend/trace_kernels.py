@@ -1,6 +1,6 @@
 """Every kernel of the backend on tensors without numbers, at every sample shape: no arithmetic, the real torch_npu.
 
-    python tools/ascend/trace.py [OP ...] [--precision bf16 fp16 fp32] [--small] [--json FILE]
+    python tools/ascend/trace_kernels.py [OP ...] [--precision bf16 fp16 fp32] [--small] [--json FILE]
 
 Two runs in one. *Schemas*: a call that torch_npu's schema does not take is refused by the dispatcher; shapes come from
 its own meta kernels, must be the opset's, and must be those of the emulation too, which checks its documented

@@ -1,6 +1,6 @@
 """Wrong uses of torch_npu's operators, each of which the suite must catch over the emulation.
 
-    python tools/ascend/mutants.py [NAME ...] [--precision bf16 fp32] [--seed 0] [--out FILE.md]
+    python tools/ascend/wrong_uses.py [NAME ...] [--precision bf16 fp32] [--seed 0] [--out FILE.md]
 
 A mutant changes what the backend passes to an operator, as if its kernel were written so. Cases of the ops that the
 mistake concerns run until one fails that the right backend passes. Exit code 1 where a mutant survives.
