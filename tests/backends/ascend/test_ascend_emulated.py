@@ -74,7 +74,9 @@ def test_what_is_not_documented_is_refused() -> None:
 
 
 def test_wrong_uses_of_operators_are_caught() -> None:
-    said = told("tools/ascend/wrong_uses.py", "rotation_of_halves", "scale_of_one", "mask_flipped", "--precision", "bf16")
+    said = told(
+        "tools/ascend/wrong_uses.py", "rotation_of_halves", "scale_of_one", "mask_flipped", "--precision", "bf16"
+    )
     assert "0 survived" in said
 
 
