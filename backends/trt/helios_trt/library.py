@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 OLDEST = (10, 0)
-"""The first release whose networks are strongly typed and whose profiles each say what memory they need."""
+"""The oldest release that is taken. Later ones say what memory a profile needs; see ``Engine.workspace``."""
 
 ATTENTION_FROM = (10, 14)
 """The first whose parser takes Attention of ONNX opset 23; of each op of that opset the parser itself is asked."""
