@@ -39,7 +39,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def told(*command: str) -> str:
-    """What it prints, where it succeeds."""
+    """The last line that it prints, where it succeeds: torch_npu's warnings may stand before it."""
     done = run(*command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    return done.stdout.splitlines()[-1]
