@@ -44,6 +44,7 @@ __all__ = [
     "multiplicands",
     "names",
     "op",
+    "widest",
 ]
 
 P = ParamSpec("P")
@@ -59,6 +60,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_floating_point and dtype.itemsize == 1:
         return torch.float32  # torch promotes no numbers of eight bits
     return torch.promote_types(dtype, torch.float32)
+
+
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which a body accumulates that has operands of several."""
+    return accumulator(functools.reduce(torch.promote_types, dtypes))
 
 
 def multiplicands(*operands: Tensor | None) -> Iterator[Tensor | None]:

@@ -11,12 +11,10 @@ arithmetic, in bfloat16 these ops are the closer ones.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from helios.op import Arg, ErrorCase, Sample, accumulator, op
+from helios.op import Arg, ErrorCase, Sample, op, widest
 
 __all__ = [
     "blend",
@@ -35,7 +33,7 @@ SMALL, ODD, STAGE2 = (2, 4, 3, 4, 6), (1, 3, 2, 5, 7), (1, 16, 9, 48, 80)
 
 
 def _widest(*tensors: Tensor) -> torch.dtype:
-    return accumulator(functools.reduce(torch.promote_types, (t.dtype for t in tensors)))
+    return widest(*(t.dtype for t in tensors))
 
 
 def _coefficients(n: int) -> Arg:

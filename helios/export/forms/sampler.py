@@ -10,7 +10,7 @@ import torch
 from helios.export.emitter import Emitter
 from helios.export.forms.table import form
 from helios.export.wire import Wire
-from helios.op import accumulator
+from helios.op import widest
 
 __all__ = [
     "blend",
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def _widened(e: Emitter, *tensors: Wire) -> list[Wire]:
-    acc = accumulator(functools.reduce(torch.promote_types, (t.dtype for t in tensors)))
+    acc = widest(*(t.dtype for t in tensors))
     return [e.cast(t, acc) for t in tensors]
 
 
